@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test surroundings: no network, one thread a process, caches in a folder that goes away, fixed seeds.
+
+The environment variables must stand before torch and the Hugging Face libraries are imported, so they are set on
+import. pytest-xdist's workers inherit them, and so share one folder; the process that made it removes it.
+"""
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_EVALUATE_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="agg",
+)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _caches = tempfile.mkdtemp(prefix="vlmq_trl_tests_")
+    atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+    for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_METRICS_CACHE"):
+        os.environ.pop(_name, None)  # each would override HF_HOME
+    os.environ.update(
+        HF_HOME=os.path.join(_caches, "huggingface"),
+        XDG_CACHE_HOME=os.path.join(_caches, "xdg"),
+        MPLCONFIGDIR=os.path.join(_caches, "matplotlib"),
+    )
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Seeds the global generators before each test, so that a test's result does not depend on its neighbours."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
