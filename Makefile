@@ -3,7 +3,8 @@
 #   make demo       learn NumberLine from purely random play (about 10 minutes on 2 cores, after the installation)
 #   make test       the fast tests             make test-slow  the tests that take minutes
 #   make check      format, lint, types        make bench      the benchmarks behind docs/results.md (hours; resumable)
-# Overridable: PYTHON=python3.12, VENV=/elsewhere, WORKERS=8 (test processes), THREADS=4 (of one run), PYTEST_ARGS="-k losses".
+# Overridable: PYTHON=python3.12, VENV=/elsewhere, WORKERS=8 (test processes), THREADS=4 (of one run),
+# PYTEST_ARGS="-k losses".
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,8 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LAUNCH := $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml --num_cpu_threads_per_process $(THREADS)
+LAUNCH := $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
+	--num_cpu_threads_per_process $(THREADS)
 
 .PHONY: setup demo test test-slow check format bench clean
 .DELETE_ON_ERROR:
@@ -23,7 +25,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with the tested versions (torch and the Hugging Face libraries: a large download) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)
