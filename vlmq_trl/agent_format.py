@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages from observations, and actions from responses.
+
+An agent format is the contract between an environment and a language model:
+
+- `AgentFormat.build_prompt` turns the task text, an observation and the last turns into TRL's conversational messages;
+- `AgentFormat.render` writes a demonstrator's decision as the response that a model should learn to give;
+- `AgentFormat.parse` reads the action out of any response. It is total: any string gives a `ParsedAction`, in time
+  linear in the string's length, and nothing is ever raised.
+
+Parsing is syntactic: whether an action is legal is the environment's business.
+
+Contents: `ParsedAction`, `Exchange`, `AgentFormat`, `PlainFormat` (the response is the action), `JSONFormat`
+(`{"action": ...}`), `JSONCoTFormat` (the state read aloud, thoughts, then the action, as in RL4VLM, arXiv 2405.10292),
+`CallableFormat` (a user's own functions), `make_format`, `default_format`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParsedAction:
+    """What a response asks for."""
+
+    action: str  # stripped of surrounding white space; "" when not valid
+    valid: bool  # whether the response follows the format
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One past turn: what the agent saw and what it answered."""
+
+    observation: Mapping[str, Any]  # {"image": uint8 [H, W, 3], "text": str}, either key may be missing
+    response: str
+
+
+INVALID = ParsedAction("", False)
+
+
+def _accept(action: str) -> ParsedAction:
+    """`action` as a parsed action; invalid when blank or not encodable as UTF-8 (a lone surrogate)."""
+    action = action.strip()
+    if not action:
+        return INVALID
+    try:
+        action.encode("utf-8")
+    except UnicodeEncodeError:
+        return INVALID
+    return ParsedAction(action, True)
+
+
+def _observation_parts(observation: Mapping[str, Any], text: str = "") -> tuple[list[Message], list[np.ndarray]]:
+    """Content parts of one user message, image first, then `text` and the observation's own text in one part.
+
+    Raises:
+        TypeError: the observation is not a mapping, or its image is not a uint8 array [H, W, 3].
+        ValueError: there is neither an image nor any text to show.
+    """
+    if not isinstance(observation, Mapping):
+        raise TypeError(
+            f"An observation must be a mapping with the keys 'image' and/or 'text', got {type(observation).__name__}. "
+            "Wrap the environment so that it returns {'image': uint8 [H, W, 3], 'text': str}."
+        )
+    parts: list[Message] = []
+    images: list[np.ndarray] = []
+    image = observation.get("image")
+    if image is not None:
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+            raise TypeError(
+                f"observation['image'] must be uint8 of shape [H, W, 3], got {array.dtype} of shape "
+                f"{list(array.shape)}. Convert it in an observation wrapper."
+            )
+        images.append(array)
+        parts.append({"type": "image"})
+    lines = [line for line in (text, observation.get("text")) if line]
+    if lines:
+        parts.append({"type": "text", "text": "\n".join(lines)})
+    if not parts:
+        raise ValueError(
+            "Nothing to show the agent: the observation has neither 'image' nor 'text', and there is no task text."
+        )
+    return parts, images
+
+
+@dataclass(frozen=True)
+class AgentFormat:
+    """Base of all formats, and the prompt that they share."""
+
+    history: int = 0  # past turns shown before the current observation
+    system_prompt: str | None = None  # an optional system message
+
+    name = "base"
+
+    def __post_init__(self) -> None:
+        if self.history < 0:
+            raise ValueError(f"history must be >= 0, got {self.history}.")
+
+    def instruction(self) -> str:
+        """The line that asks for this format, appended to the task text ("" for none)."""
+        return ""
+
+    def build_prompt(
+        self, task: str, observation: Mapping[str, Any], history: Sequence[Exchange] = ()
+    ) -> tuple[list[Message], list[np.ndarray]]:
+        """TRL conversational messages for the agent's next answer.
+
+        The first user message carries the task text and the format's instruction; the last `self.history` exchanges
+        come as user and assistant messages before the current observation. Every message but the system's has a list
+        of parts as its content, `{"type": "image"}` or `{"type": "text", "text": ...}`.
+
+        Returns:
+            messages: the conversation, ending with a user message.
+            images: uint8 arrays [H, W, 3], in the order of the image parts.
+
+        Raises:
+            TypeError, ValueError: an observation that is not `{"image": uint8 [H, W, 3], "text": str}`.
+        """
+        messages: list[Message] = []
+        images: list[np.ndarray] = []
+        if self.system_prompt:
+            messages.append({"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
+        past = list(history)[-self.history :] if self.history else []
+        header = "\n".join(line for line in (task, self.instruction()) if line)
+        for exchange in past:
+            parts, shown = _observation_parts(exchange.observation, header)
+            messages.append({"role": "user", "content": parts})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": exchange.response}]})
+            images.extend(shown)
+            header = ""
+        parts, shown = _observation_parts(observation, header)
+        messages.append({"role": "user", "content": parts})
+        images.extend(shown)
+        return messages, images
+
+    def render(self, action: str, reading: Mapping[str, str] | None = None, thoughts: str = "") -> str:
+        """The response in which a demonstrator takes `action`; `parse` gives the action back."""
+        raise NotImplementedError
+
+    def parse(self, response: str) -> ParsedAction:
+        """The action in `response`. Total: never raises, linear time."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PlainFormat(AgentFormat):
+    """The response is the action itself."""
+
+    name = "plain"
+
+    def render(self, action: str, reading: Mapping[str, str] | None = None, thoughts: str = "") -> str:
+        return action
+
+    def parse(self, response: str) -> ParsedAction:
+        return _accept(response)
+
+
+_ACTION_KEY = re.compile(r"[\"']action[\"']\s*:\s*")
+_MAX_JSON_CANDIDATES = 16
+
+
+def _balanced_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each balanced `{...}` in `text`, by increasing end; quotes count inside braces only."""
+    spans, starts = [], []
+    in_string = escaped = False
+    for i, char in enumerate(text):
+        if in_string:
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+            elif char == '"':
+                in_string = False
+        elif char == "{":
+            starts.append(i)
+        elif char == "}":
+            if starts:
+                spans.append((starts.pop(), i + 1))
+        elif char == '"' and starts:
+            in_string = True
+    return spans
+
+
+def _reject_constant(token: str) -> None:
+    raise ValueError(token)
+
+
+def _after_action_key(text: str) -> ParsedAction:
+    """The value after the last `"action":` of a text that is not valid JSON."""
+    end = -1
+    for match in _ACTION_KEY.finditer(text):
+        end = match.end()
+    if end < 0:
+        return INVALID
+    rest = text[end:]
+    quote = rest[:1]
+    if quote in ('"', "'") and quote:
+        body = re.match(r"(?:[^\\\n" + quote + r"]|\\.)*", rest[1:])
+        value = body.group() if body else ""
+        if quote == '"' and "\\" in value:
+            try:
+                value = json.loads(f'"{value}"')
+            except (ValueError, RecursionError):
+                return INVALID
+        return _accept(value)
+    value = re.split(r"[,}\n]", rest, maxsplit=1)[0].strip()
+    if value[:1] in ("[", "{", '"', "'") or value in ("null", "true", "false", "None", "True", "False", "NaN"):
+        return INVALID
+    return _accept(value)
+
+
+def parse_json_action(response: str) -> ParsedAction:
+    """The `"action"` of a JSON answer that may stand inside other text, or be cut off.
+
+    The last syntactically valid JSON object with the key "action" decides (an object before the objects inside it);
+    its value must be a string that is not blank, or a number. Without such an object, the text after the last
+    `"action":` counts, up to the closing quote, or for a bare word up to a comma, brace or line end. At most 16
+    objects are tried, so that time stays linear in the length.
+
+    >>> parse_json_action('Sure! {"thoughts": "2 < 4", "action": "+"}')
+    ParsedAction(action='+', valid=True)
+    >>> parse_json_action('{"thoughts": "2 < 4", "action": "+')
+    ParsedAction(action='+', valid=True)
+    >>> parse_json_action('{"thoughts": "2 < 4"}')
+    ParsedAction(action='', valid=False)
+    """
+    spans = _balanced_spans(response)
+    for start, end in spans[: -_MAX_JSON_CANDIDATES - 1 : -1]:
+        try:  # numbers stay as they are written: no overflow, no rounding
+            value = json.loads(
+                response[start:end], parse_int=str, parse_float=str, parse_constant=_reject_constant, strict=False
+            )
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and "action" in value:
+            action = value["action"]
+            return _accept(action) if isinstance(action, str) else INVALID
+    return _after_action_key(response)
+
+
+@dataclass(frozen=True)
+class JSONFormat(AgentFormat):
+    """The response is `{"action": ...}` and nothing else is asked for."""
+
+    name = "json"
+
+    def instruction(self) -> str:
+        return 'Answer as JSON with the key "action".'
+
+    def render(self, action: str, reading: Mapping[str, str] | None = None, thoughts: str = "") -> str:
+        return json.dumps({"action": action}, ensure_ascii=False)
+
+    def parse(self, response: str) -> ParsedAction:
+        return parse_json_action(response)
+
+
+@dataclass(frozen=True)
+class JSONCoTFormat(AgentFormat):
+    """The response reads the state aloud, says a thought, and ends with the action (RL4VLM's chain of thought).
+
+    >>> JSONCoTFormat(reading_fields=("current number",)).render("+", {"current number": "2"}, "2 is low")
+    '{"current number": "2", "thoughts": "2 is low", "action": "+"}'
+    """
+
+    reading_fields: tuple[str, ...] = ()  # keys of the reading, in order
+
+    name = "json_cot"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "reading_fields", tuple(self.reading_fields))
+        clash = {"thoughts", "action"} & set(self.reading_fields)
+        if clash:
+            raise ValueError(f"reading_fields must not contain {sorted(clash)}: these keys belong to the format.")
+
+    def instruction(self) -> str:
+        keys = ", ".join(f'"{key}"' for key in (*self.reading_fields, "thoughts", "action"))
+        return f"Answer as JSON with the keys {keys}."
+
+    def render(self, action: str, reading: Mapping[str, str] | None = None, thoughts: str = "") -> str:
+        reading = reading or {}
+        missing = [key for key in self.reading_fields if key not in reading]
+        if missing:
+            raise ValueError(f"The reading lacks {missing}; this format needs {list(self.reading_fields)}.")
+        answer = {key: str(reading[key]) for key in self.reading_fields}
+        return json.dumps({**answer, "thoughts": thoughts, "action": action}, ensure_ascii=False)
+
+    def parse(self, response: str) -> ParsedAction:
+        return parse_json_action(response)
+
+
+@dataclass(frozen=True)
+class CallableFormat(AgentFormat):
+    """A format from a user's own functions; what is not given behaves like `base`."""
+
+    # (task, observation, history) -> (messages, images)
+    prompt_fn: Callable[..., tuple[list[Message], list[np.ndarray]]] | None = None
+    # response -> the action, or None when the response does not follow the format, or a ParsedAction
+    parse_fn: Callable[[str], str | ParsedAction | None] | None = None
+    # (action, reading, thoughts) -> response
+    render_fn: Callable[[str, Mapping[str, str], str], str] | None = None
+    base: AgentFormat = field(default_factory=PlainFormat)
+
+    name = "callable"
+
+    def build_prompt(
+        self, task: str, observation: Mapping[str, Any], history: Sequence[Exchange] = ()
+    ) -> tuple[list[Message], list[np.ndarray]]:
+        if self.prompt_fn is None:
+            return self.base.build_prompt(task, observation, history)
+        return self.prompt_fn(task, observation, history)
+
+    def render(self, action: str, reading: Mapping[str, str] | None = None, thoughts: str = "") -> str:
+        if self.render_fn is None:
+            return self.base.render(action, reading, thoughts)
+        return self.render_fn(action, reading or {}, thoughts)
+
+    def parse(self, response: str) -> ParsedAction:
+        """As `AgentFormat.parse`: an exception in the user's function counts as an invalid response, with a warning."""
+        if self.parse_fn is None:
+            return self.base.parse(response)
+        try:
+            parsed = self.parse_fn(response)
+        except Exception as error:
+            warnings.warn(
+                f"The agent format's parse function raised {type(error).__name__}: {error}. "
+                "The response counts as invalid; let the function return None for such responses.",
+                stacklevel=2,
+            )
+            return INVALID
+        if isinstance(parsed, ParsedAction):
+            return _accept(parsed.action) if parsed.valid else INVALID
+        return _accept(parsed) if isinstance(parsed, str) else INVALID
+
+
+def make_format(
+    name: str, *, reading_fields: Sequence[str] = (), history: int = 0, system_prompt: str | None = None
+) -> AgentFormat:
+    """The format called `name`: "plain", "json" or "json_cot" (the only one that uses `reading_fields`).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "plain":
+        return PlainFormat(history, system_prompt)
+    if name == "json":
+        return JSONFormat(history, system_prompt)
+    if name == "json_cot":
+        return JSONCoTFormat(history, system_prompt, tuple(reading_fields))
+    raise ValueError(f"Unknown agent format {name!r}: use 'plain', 'json' or 'json_cot', or pass an AgentFormat.")
+
+
+def default_format(env: Any) -> AgentFormat:
+    """The environment's own format: "json_cot" with its `reading_fields` where it has any, else "plain"."""
+    fields = tuple(getattr(env.unwrapped, "reading_fields", ()))
+    return make_format("json_cot", reading_fields=fields) if fields else make_format("plain")
