@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base class of environments that are seen as pictures or text and acted on with strings.
+
+A string that `parse_env` does not understand never raises: it costs `invalid_penalty` and does what `on_invalid` says.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal, SupportsFloat
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from numpy.typing import NDArray
+
+Observation = dict[str, Any]
+OnInvalid = Literal["noop", "random", "terminate"]
+
+ON_INVALID = ("noop", "random", "terminate")
+SUCCESS_RULE = "an episode is a success when its undiscounted return is positive"
+MAX_ACTION_LENGTH = 512
+
+
+class TextActionEnv(gymnasium.Env[Observation, str]):
+    """An environment whose actions are strings and whose observation is `{"image": uint8 (300, 300, 3)}`.
+
+    A game implements `_start`, `_play`, `_picture` and `state_text`, and draws from `self.np_random` only.
+
+    Attributes:
+        task: the rules, the goal and the legal actions in one or two short sentences, for the prompt.
+        legal_actions: all legal actions in their canonical spelling; None where they are open-ended.
+        reading_fields: the keys of `state_text`, in order.
+        max_turns: turns after which an episode is truncated; an invalid action uses a turn too.
+
+    Args:
+        render_mode: None or "rgb_array".
+        invalid_penalty: taken from the reward of a turn whose action is not legal; finite, at least 0.
+        on_invalid: what such a turn does besides: "noop" leaves the state unchanged, "random" plays a uniformly random
+            legal action (and adds its reward), "terminate" ends the episode.
+
+    `step` always sets `info["valid"]`, whether the action was legal, and `info["action"]`, the action that was
+    executed in its canonical spelling, or "".
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 2}
+    task: str
+    legal_actions: tuple[str, ...] | None = None
+    reading_fields: tuple[str, ...] = ()
+    max_turns: int
+
+    def __init__(
+        self,
+        render_mode: str | None = None,
+        invalid_penalty: float = 1.0,
+        on_invalid: OnInvalid = "noop",
+    ) -> None:
+        name = type(self).__name__
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ValueError(f"{name}: render_mode must be None or 'rgb_array', not {render_mode!r}")
+        if on_invalid not in ON_INVALID:
+            raise ValueError(f"{name}: on_invalid must be one of {', '.join(ON_INVALID)}, not {on_invalid!r}")
+        if not math.isfinite(invalid_penalty) or invalid_penalty < 0:
+            raise ValueError(
+                f"{name}: invalid_penalty must be finite and at least 0 (it is subtracted from the reward), "
+                f"not {invalid_penalty!r}"
+            )
+        self.render_mode = render_mode
+        self.invalid_penalty = float(invalid_penalty)
+        self.on_invalid = on_invalid
+        self.observation_space = spaces.Dict({"image": spaces.Box(0, 255, (300, 300, 3), np.uint8)})
+        self.action_space = spaces.Text(max_length=MAX_ACTION_LENGTH, min_length=0, charset=string.printable)
+        self.turns = 0
+        self._running = False
+
+    # What a game implements.
+
+    @abstractmethod
+    def _start(self, options: dict[str, Any]) -> None:
+        """Sets the first state. Unknown keys of `options` were refused by `reset`."""
+
+    @abstractmethod
+    def _play(self, action: Any) -> tuple[float, bool]:
+        """Executes a native action. Returns (reward, terminated). Truncation is the base class's."""
+
+    @abstractmethod
+    def _picture(self) -> NDArray[np.uint8]:
+        """The state as a fresh (300, 300, 3) uint8 array."""
+
+    @abstractmethod
+    def state_text(self) -> dict[str, str]:
+        """What the picture shows, read aloud: one string for each of `reading_fields`."""
+
+    reset_options: tuple[str, ...] = ()
+
+    def parse_env(self, action: Any) -> Any | None:
+        """The native action that a string names; None if it is not legal. Total; ignores case and outer space."""
+        if not isinstance(action, str) or self.legal_actions is None:
+            return None
+        action = action[: 4 * MAX_ACTION_LENGTH].strip().lower()
+        return action if action in self.legal_actions else None
+
+    # Gymnasium's interface.
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        super().reset(seed=seed)
+        options = dict(options or {})
+        unknown = sorted(set(options) - set(self.reset_options))
+        if unknown:
+            known = ", ".join(self.reset_options) or "none"
+            raise ValueError(f"{type(self).__name__}.reset: unknown options {unknown}; it knows {known}")
+        self._start(options)
+        self.turns = 0
+        self._running = True
+        return self._observation(), {}
+
+    def step(self, action: str) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+        if not self._running:
+            raise ResetNeeded(f"{type(self).__name__}.step: no episode is running; call reset() first")
+        self.turns += 1
+        native = self.parse_env(action)
+        valid = native is not None
+        reward, terminated = 0.0, False
+        if not valid:
+            reward -= self.invalid_penalty
+            if self.on_invalid == "random" and self.legal_actions:
+                native = self.parse_env(self.legal_actions[int(self.np_random.integers(len(self.legal_actions)))])
+            terminated = self.on_invalid == "terminate"
+        if native is not None:
+            gained, terminated = self._play(native)
+            reward += gained
+        truncated = not terminated and self.turns >= self.max_turns
+        self._running = not (terminated or truncated)
+        info = {"valid": valid, "action": "" if native is None else str(native)}
+        return self._observation(), reward, terminated, truncated, info
+
+    def render(self) -> Any:
+        """The current picture, (300, 300, 3) uint8, in the mode "rgb_array"; None without a render mode."""
+        if self.render_mode is None:
+            gymnasium.logger.warn(
+                f"{type(self).__name__}.render() was called without a render mode; "
+                'pass render_mode="rgb_array" to gymnasium.make.'
+            )
+            return None
+        return self._picture()
+
+    def _observation(self) -> Observation:
+        return {"image": self._picture()}
