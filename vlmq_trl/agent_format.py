@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-
 Message = dict[str, Any]
 
 
@@ -328,7 +327,7 @@ class CallableFormat(AgentFormat):
         return self.render_fn(action, reading or {}, thoughts)
 
     def parse(self, response: str) -> ParsedAction:
-        """As `AgentFormat.parse`: an exception in the user's function counts as an invalid response, with a warning."""
+        """As `AgentFormat.parse`: an exception in the user's function is an invalid response, and a warning."""
         if self.parse_fn is None:
             return self.base.parse(response)
         try:

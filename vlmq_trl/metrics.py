@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import datasets
 import evaluate
@@ -116,6 +117,6 @@ class EpisodeMetrics(evaluate.Metric):
         }
 
 
-def load_metric(**kwargs) -> EpisodeMetrics:
+def load_metric(**kwargs: Any) -> EpisodeMetrics:
     """An `EpisodeMetrics` that keeps its data in memory; `kwargs` go to `evaluate.Metric`."""
     return EpisodeMetrics(**{"keep_in_memory": True, **kwargs})

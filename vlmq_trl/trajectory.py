@@ -1,0 +1,1036 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory dataset: its schema, validation, builders and readers.
+
+One row per turn; an episode's rows are contiguous and in order. The dataset is a valid TRL prompt-completion (vision)
+dataset, so a stock `trl.SFTTrainer` trains on it unchanged.
+
+| column | type | meaning |
+| --- | --- | --- |
+| `prompt` | list of messages | conversational; content is a list of parts (with images) or a string (text only) |
+| `images` | list of `Image` | the prompt's images, in order; absent from a text-only dataset |
+| `completion` | list of messages | one assistant message, the raw response as a string |
+| `episode_id` | string | unique within the dataset |
+| `turn` | int32 | 0-based |
+| `reward` | float32 | the environment's reward for this turn |
+| `terminated`, `truncated` | bool | as Gymnasium; true on the episode's last row only |
+| `final_prompt`, `final_images` | as above, nullable | the observation after a truncated last turn |
+| `action`, `valid` | string, bool | the parsed action, and whether the response was valid |
+| `behavior_logprobs` | list of float32, nullable | per completion token, under the sampling policy |
+| `env_id`, `seed` | string, int64 | provenance |
+
+Contents: `trajectory_features`, `FEATURES`; `Turn`, `Episode`; `dataset_from_episodes`, `episodes_from_dataset`;
+`TrajectoryError`, `EpisodeIndex`, `validate_trajectories`; `save_trajectories`, `load_trajectories`,
+`concatenate_trajectories`, `filter_top_returns`; `flatten_content`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import io
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+Message = dict[str, Any]
+
+REQUIRED_COLUMNS = ("prompt", "completion", "episode_id", "turn", "reward", "terminated", "truncated")
+ROLES = ("system", "user", "assistant", "tool")
+IMAGE_SAMPLE = 64  # rows whose images are decoded by validate_trajectories(decode_images="first")
+
+
+class TrajectoryError(ValueError):
+    """Bad trajectory data; the message names the row and the column, and says what to do."""
+
+    def __init__(self, problem: str, *, row: int | None = None, column: str | None = None):
+        self.row, self.column = row, column
+        where = [f"row {row}"] if row is not None else []
+        where += [f"column `{column}`"] if column is not None else []
+        super().__init__(f"{', '.join(where)}: {problem}" if where else problem)
+
+
+def trajectory_features(with_images: bool = True) -> datasets.Features:
+    """The dataset's features; without images, message contents are strings and the image columns are absent."""
+    string = datasets.Value("string")
+    content = datasets.List({"type": string, "text": string}) if with_images else string
+    prompt = datasets.List({"role": string, "content": content})
+    images = datasets.List(datasets.Image())
+    columns: dict[str, Any] = {
+        "prompt": prompt,
+        "images": images,
+        "completion": datasets.List({"role": string, "content": string}),
+        "episode_id": string,
+        "turn": datasets.Value("int32"),
+        "reward": datasets.Value("float32"),
+        "terminated": datasets.Value("bool"),
+        "truncated": datasets.Value("bool"),
+        "final_prompt": prompt,
+        "final_images": images,
+        "action": string,
+        "valid": datasets.Value("bool"),
+        "behavior_logprobs": datasets.List(datasets.Value("float32")),
+        "env_id": string,
+        "seed": datasets.Value("int64"),
+    }
+    if not with_images:
+        del columns["images"], columns["final_images"]
+    return datasets.Features(columns)
+
+
+FEATURES = trajectory_features()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Episodes as Python records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn: the prompt seen, the raw response given, and the reward it earned."""
+
+    prompt: list[Message]
+    images: list  # PIL images or uint8 arrays [H, W, 3], in the order of the prompt's image parts
+    completion: str
+    reward: float
+    action: str = ""  # the parsed action; "" when the response did not parse
+    valid: bool = True
+    behavior_logprobs: list[float] | None = None  # per completion token, end token included
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The turns of one episode, and how it ended."""
+
+    episode_id: str
+    turns: tuple[Turn, ...]
+    terminated: bool
+    truncated: bool
+    final_prompt: list[Message] | None = None  # the observation after a truncated last turn
+    final_images: list | None = None
+    env_id: str = ""
+    seed: int = -1
+
+    @property
+    def return_(self) -> float:
+        """Undiscounted sum of rewards."""
+        return float(sum(turn.reward for turn in self.turns))
+
+    @property
+    def success(self) -> bool:
+        """Whether the undiscounted return is positive."""
+        return self.return_ > 0
+
+    @property
+    def valid_rate(self) -> float:
+        """Fraction of turns with a valid response."""
+        return sum(turn.valid for turn in self.turns) / len(self.turns) if self.turns else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flatten_content(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages whose contents are strings: the text parts joined by newlines. For text-only tokenizers' templates.
+
+    Raises:
+        TrajectoryError: there is an image part.
+    """
+    flat = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            if any(part["type"] == "image" for part in content):
+                raise TrajectoryError("an image part cannot be shown to a text-only model.", column="prompt")
+            content = "\n".join(part["text"] for part in content)
+        flat.append({**message, "content": content})
+    return flat
+
+
+def _structured(messages: Sequence[Mapping[str, Any]], num_images: int) -> list[Message]:
+    """Messages whose contents are lists of {"type", "text"} parts; images precede the first string user message,
+    as in `trl.data_utils.prepare_multimodal_messages`."""
+    result, placed = [], False
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            parts: list[Message] = [{"type": "text", "text": content}]
+            if message["role"] == "user" and not placed:
+                parts = [{"type": "image", "text": None}] * num_images + parts
+                placed = True
+        else:
+            parts = [{"type": part["type"], "text": part.get("text")} for part in content]
+        result.append({"role": message["role"], "content": parts})
+    return result
+
+
+def _clean(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | None:
+    """Messages as they come out of Arrow, without the null `text` of image parts."""
+    if messages is None:
+        return None
+    result: list[Message] = []
+    for message in messages:
+        content = message["content"]
+        if content is not None and not isinstance(content, str):
+            content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        result.append({"role": message["role"], "content": content})
+    return result
+
+
+def _check_messages(messages: Any, num_images: int, *, row: int, column: str) -> None:
+    """Raise unless `messages` is a prompt that ends with the user's (or a tool's) message and shows every image."""
+
+    def fail(problem: str) -> None:
+        raise TrajectoryError(problem, row=row, column=column)
+
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        fail(
+            f"expected a list of messages like [{{'role': 'user', 'content': ...}}], got {type(messages).__name__}; "
+            "wrap plain text in a user message."
+        )
+    if not messages:
+        fail("there is no message; a prompt needs at least one user message.")
+    placeholders, plain_user = 0, False
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            fail("every message needs the keys 'role' and 'content'.")
+        if message["role"] not in ROLES:
+            fail(f"unknown role {message['role']!r}; use one of {', '.join(ROLES)}.")
+        content = message["content"]
+        if content is None:
+            fail("a message's content is null; write the text, or '' for none.")
+        if isinstance(content, str):
+            plain_user |= message["role"] == "user"
+            continue
+        for part in content:
+            kind = part.get("type")
+            if kind == "image":
+                if part.get("image") is not None:
+                    fail(
+                        "an image stands inside the messages; put it into the turn's `images` and keep the part bare."
+                    )
+                placeholders += 1
+            elif kind == "text":
+                if not isinstance(part.get("text"), str):
+                    fail("a text part has no text.")
+            else:
+                fail(f"unknown content part {kind!r}; use 'text' or 'image'.")
+    if messages[-1]["role"] not in ("user", "tool"):
+        fail(f"the last message is the {messages[-1]['role']}'s; a prompt ends with a user (or tool) message.")
+    if placeholders != num_images and not (plain_user and placeholders == 0):
+        fail(f"{placeholders} image parts for {num_images} images; give one image part for each image.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+_temporary: dict[int, Path] = {}  # process id -> folder of datasets built without cache_dir
+
+
+def _temporary_folder() -> Path:
+    """A folder of this process, removed when the process (not a fork of it) exits."""
+    pid = os.getpid()
+    if pid not in _temporary:
+        folder = Path(tempfile.mkdtemp(prefix="vlmq_trl-"))
+        _temporary[pid] = folder
+        atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == pid else None)
+    return _temporary[pid]
+
+
+class _PngCache:
+    """PNG bytes of images; the last `size` distinct arrays are remembered, since environments repeat pictures."""
+
+    def __init__(self, size: int = 4096):
+        self.size = size
+        self.store: dict[tuple, dict[str, Any]] = {}
+
+    def __call__(self, image: Any, *, row: int, column: str) -> dict[str, Any]:
+        def fail(problem: str) -> None:
+            raise TrajectoryError(problem, row=row, column=column)
+
+        key = None
+        if isinstance(image, PIL.Image.Image):
+            pil = image
+            if pil.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+                fail(f"PNG cannot hold mode {pil.mode!r} losslessly; convert the image to 'RGB'.")
+            raw: Any = pil.tobytes() if pil.mode in ("L", "RGB", "RGBA") else None
+            shape: tuple = (pil.mode, pil.size)
+        else:
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (3, 4) or 0 in array.shape:
+                fail(
+                    f"expected a PIL image or a uint8 array [H, W, 3], got {array.dtype} of shape {list(array.shape)}."
+                )
+            raw, shape, pil = np.ascontiguousarray(array), array.shape, None
+        if raw is not None:
+            key = (shape, hashlib.blake2b(raw, digest_size=16).digest())
+            if key in self.store:
+                return self.store[key]
+        pil = PIL.Image.fromarray(raw) if pil is None else pil
+        buffer = io.BytesIO()
+        pil.save(buffer, format="PNG", compress_level=3)
+        encoded = {"bytes": buffer.getvalue(), "path": None}
+        if key is not None:
+            if len(self.store) >= self.size:
+                self.store.pop(next(iter(self.store)))
+            self.store[key] = encoded
+        return encoded
+
+
+def _encodable(text: Any, *, row: int, column: str) -> str:
+    """`text` if it is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise TrajectoryError(f"expected a string, got {type(text).__name__}.", row=row, column=column)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TrajectoryError(
+            f"not valid Unicode (a lone surrogate at position {error.start}); decode responses with errors='replace'.",
+            row=row,
+            column=column,
+        ) from None
+    return text
+
+
+def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _PngCache) -> Iterator[dict[str, Any]]:
+    """The encoded rows of one episode, checked."""
+    last = len(episode.turns) - 1
+    if last < 0:
+        raise TrajectoryError(
+            f"episode {episode.episode_id!r} has no turns; leave it out.", row=first_row, column="turn"
+        )
+    if not (episode.terminated or episode.truncated):
+        raise TrajectoryError(
+            f"episode {episode.episode_id!r} is neither terminated nor truncated; set one of them (truncated for a "
+            "time limit or an interrupted episode, with its final observation).",
+            row=first_row + last,
+            column="terminated",
+        )
+    for k, turn in enumerate(episode.turns):
+        row = first_row + k
+        if not math.isfinite(turn.reward):
+            raise TrajectoryError(f"the reward is {turn.reward}; it must be finite.", row=row, column="reward")
+
+        def messages(value, images, column, row=row):
+            _check_messages(value, len(images), row=row, column=column)
+            for message in value:
+                content = message["content"]
+                for text in [content] if isinstance(content, str) else [p["text"] for p in content if p.get("text")]:
+                    _encodable(text, row=row, column=column)
+            if with_images:
+                return _structured(value, len(images))
+            if images:
+                raise TrajectoryError(
+                    "an image in a text-only dataset; build it with with_images=True.", row=row, column=column
+                )
+            return flatten_content(value)
+
+        final = k == last and episode.final_prompt is not None
+        images = list(turn.images or [])
+        final_images = list(episode.final_images or []) if final else []
+        encoded = {
+            "prompt": messages(turn.prompt, images, "prompt"),
+            "completion": [
+                {"role": "assistant", "content": _encodable(turn.completion, row=row, column="completion")}
+            ],
+            "episode_id": episode.episode_id,
+            "turn": k,
+            "reward": float(turn.reward),
+            "terminated": bool(episode.terminated and k == last),
+            "truncated": bool(episode.truncated and k == last),
+            "final_prompt": messages(episode.final_prompt, final_images, "final_prompt") if final else None,
+            "action": _encodable(turn.action, row=row, column="action"),
+            "valid": bool(turn.valid),
+            "behavior_logprobs": None
+            if turn.behavior_logprobs is None
+            else [float(logprob) for logprob in turn.behavior_logprobs],
+            "env_id": episode.env_id,
+            "seed": int(episode.seed),
+        }
+        if with_images:
+            encoded["images"] = [png(image, row=row, column="images") for image in images]
+            encoded["final_images"] = (
+                [png(image, row=row, column="final_images") for image in final_images] if final else None
+            )
+        yield encoded
+
+
+def dataset_from_episodes(
+    episodes: Iterable[Episode],
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    with_images: bool | None = None,
+    desc: str | None = None,
+) -> datasets.Dataset:
+    """A trajectory dataset from episodes, written to disk as they come, so that it may be larger than memory.
+
+    Args:
+        episodes: any iterable, read once.
+        cache_dir: where the Arrow file is written; by default a temporary folder that is removed when the process
+            ends (`save_trajectories` keeps a dataset).
+        with_images: whether the dataset has image columns; by default, whether the first episode shows an image.
+        desc: label of a progress bar over episodes; no bar without it.
+
+    Raises:
+        TrajectoryError: a bad episode, naming the row, the column and what to do; nothing is left on disk.
+    """
+    source = iter(tqdm(episodes, desc=desc, unit="episode") if desc else episodes)
+    first = next(source, None)
+    if first is None:
+        raise TrajectoryError("there are no episodes; an empty dataset cannot be trained on.")
+    if with_images is None:
+        with_images = any(turn.images for turn in first.turns)
+    folder = Path(cache_dir) if cache_dir is not None else _temporary_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"trajectories-{uuid.uuid4().hex}.arrow"
+    partial = path.with_suffix(".partial")
+    png = _PngCache()
+    seen: set[str] = set()
+    rows = 0
+    try:
+        with ArrowWriter(
+            path=str(partial), features=trajectory_features(with_images), writer_batch_size=500
+        ) as writer:
+            for episode in chain([first], source):
+                name = _encodable(episode.episode_id, row=rows, column="episode_id")
+                if name in seen:
+                    raise TrajectoryError(
+                        f"episode_id {name!r} occurs twice; ids must be unique within a dataset.",
+                        row=rows,
+                        column="episode_id",
+                    )
+                seen.add(name)
+                for row in _episode_rows(episode, rows, with_images, png):
+                    writer.write(row)
+                    rows += 1
+            writer.finalize()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(path))
+
+
+def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> Iterator[Episode]:
+    """The dataset's episodes, in order, one in memory at a time; images come as PIL images. Takes streams too.
+
+    Raises:
+        TrajectoryError: `turn` does not count 0, 1, 2, ... within an episode, or an episode does not end.
+    """
+
+    def finish(rows: list[dict[str, Any]], at: int) -> Episode:
+        last = rows[-1]
+        if not (last["terminated"] or last["truncated"]):
+            raise TrajectoryError(
+                f"episode {last['episode_id']!r} stops here without `terminated` or `truncated`; drop the episode, "
+                "or mark it truncated and give its final observation.",
+                row=at,
+                column="terminated",
+            )
+        return Episode(
+            episode_id=last["episode_id"],
+            turns=tuple(
+                Turn(
+                    prompt=_clean(row["prompt"]) or [],
+                    images=list(row.get("images") or []),
+                    completion=row["completion"][0]["content"],
+                    reward=float(row["reward"]),
+                    action=row.get("action") or "",
+                    valid=bool(row.get("valid", True)),
+                    behavior_logprobs=row.get("behavior_logprobs"),
+                )
+                for row in rows
+            ),
+            terminated=bool(last["terminated"]),
+            truncated=bool(last["truncated"]),
+            final_prompt=_clean(last.get("final_prompt")),
+            final_images=last.get("final_images"),
+            env_id=last.get("env_id") or "",
+            seed=-1 if last.get("seed") is None else int(last["seed"]),
+        )
+
+    rows: list[dict[str, Any]] = []
+    i = -1
+    for i, row in enumerate(ds):
+        if rows and row["episode_id"] != rows[-1]["episode_id"]:
+            yield finish(rows, i - 1)
+            rows = []
+        if row["turn"] != len(rows):
+            raise TrajectoryError(
+                f"turn {row['turn']} of episode {row['episode_id']!r} stands where turn {len(rows)} belongs; keep an "
+                "episode's rows contiguous and in order.",
+                row=i,
+                column="turn",
+            )
+        rows.append(row)
+    if rows:
+        yield finish(rows, i)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpisodeIndex:
+    """Where the episodes of a validated dataset are, and the scalars of its rows.
+
+    Axes: E episodes in the dataset's order, R rows.
+    """
+
+    episode_ids: np.ndarray  # [E] str
+    first_row: np.ndarray  # [E] int64
+    length: np.ndarray  # [E] int64, turns
+    returns: np.ndarray  # [E] float64, undiscounted
+    success: np.ndarray  # [E] bool, returns > 0
+    row_episode: np.ndarray  # [R] int64, the episode of each row
+    turn: np.ndarray  # [R] int64
+    reward: np.ndarray  # [R] float64
+    terminated: np.ndarray  # [R] bool
+    truncated: np.ndarray  # [R] bool
+    _order: np.ndarray = field(repr=False)  # [R] rows by increasing distance to their episode's end
+
+    def __len__(self) -> int:
+        return len(self.first_row)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.turn)
+
+    @property
+    def last_row(self) -> np.ndarray:
+        """[E] int64."""
+        return self.first_row + self.length - 1
+
+    def returns_to_go(self, gamma: float) -> np.ndarray:
+        """[R] float64, G_k = r_k + gamma * G_{k+1} within each episode; nothing is bootstrapped after the last row."""
+        result = self.reward.copy()
+        to_end = (self.first_row + self.length - 1)[self.row_episode] - np.arange(self.num_rows)
+        bounds = np.cumsum(np.bincount(to_end[self._order])) if self.num_rows else np.zeros(1, dtype=np.int64)
+        for low, high in pairwise(bounds):
+            rows = self._order[low:high]
+            result[rows] += gamma * result[rows + 1]
+        return result
+
+
+class _Columns:
+    """A dataset's columns as Arrow arrays of the dataset's own rows; selections do not copy the base table.
+
+    Facts are computed on whole base columns and then indexed, so that images behind a selection are never copied.
+    """
+
+    def __init__(self, ds: datasets.Dataset):
+        self.table = ds.data.table
+        self.indices = None if ds._indices is None else ds._indices.column(0).to_numpy()
+
+    def fact(self, column: str, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+        """`function` of each chunk of the column, concatenated, one value per row of the dataset."""
+        chunks = [function(chunk) for chunk in self.table.column(column).chunks]
+        values = np.concatenate(chunks) if chunks else np.zeros(0)
+        return values if self.indices is None else values[self.indices]
+
+    def null(self, column: str) -> np.ndarray:
+        """[R] bool."""
+        return self.fact(column, lambda chunk: pc.is_null(chunk).to_numpy(zero_copy_only=False))
+
+
+def _first(mask: np.ndarray) -> int | None:
+    """The first row where `mask` is True, or None."""
+    return int(mask.argmax()) if mask.any() else None
+
+
+def _fail(mask: np.ndarray, column: str, problem: str) -> None:
+    row = _first(mask)
+    if row is not None:
+        raise TrajectoryError(problem, row=row, column=column)
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    """[R] int, the lengths of R lists; 0 for a null."""
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+
+
+def _per_parent(lists: pa.Array, flags: np.ndarray) -> np.ndarray:
+    """[R] int, how many items of each of R lists are flagged (or the sum of flags). flags: [N] over all items."""
+    parents = np.repeat(np.arange(len(lists)), _lengths(lists))
+    return np.bincount(parents, weights=flags, minlength=len(lists)).astype(np.int64)
+
+
+def _bools(values: pa.Array) -> np.ndarray:
+    return pc.fill_null(values, False).to_numpy(zero_copy_only=False).astype(bool)
+
+
+def _message_facts(chunk: pa.Array) -> np.ndarray:
+    """Structural facts of each prompt of a chunk, as int32 [R, 6].
+
+    Columns: messages, messages with an unknown role, null contents, bad parts, image parts (-1: placed by TRL before
+    the first string user message), whether the last role is the user's or a tool's.
+    """
+    facts = np.zeros((len(chunk), 6), dtype=np.int32)
+    facts[:, 0] = _lengths(chunk)
+    messages = chunk.flatten()
+    role, content = pc.struct_field(messages, "role"), pc.struct_field(messages, "content")
+    known = _bools(pc.is_in(role, value_set=pa.array(ROLES, type=role.type)))
+    asks = _bools(pc.is_in(role, value_set=pa.array(("user", "tool"), type=role.type)))
+    facts[:, 1] = _per_parent(chunk, ~known)
+    null = pc.is_null(content).to_numpy(zero_copy_only=False)
+    facts[:, 2] = _per_parent(chunk, null)
+    if pa.types.is_list(content.type) or pa.types.is_large_list(content.type):
+        parts = content.flatten()
+        kind, text = pc.struct_field(parts, "type"), pc.struct_field(parts, "text")
+        is_image = _bools(pc.equal(kind, "image"))
+        is_text = _bools(pc.equal(kind, "text")) & ~pc.is_null(text).to_numpy(zero_copy_only=False)
+        facts[:, 3] = _per_parent(chunk, _per_parent(content, ~(is_image | is_text)) > 0)
+        facts[:, 4] = _per_parent(chunk, _per_parent(content, is_image))
+    else:
+        user = _bools(pc.equal(role, "user"))
+        facts[:, 4] = np.where(_per_parent(chunk, user) > 0, -1, 0)
+    last = np.cumsum(facts[:, 0]) - 1
+    nonempty = facts[:, 0] > 0
+    facts[nonempty, 5] = asks[last[nonempty]]
+    return facts
+
+
+def _check_prompts(columns: _Columns, column: str, image_column: str | None, skip: np.ndarray) -> None:
+    """Raise at the first bad prompt of `column`; rows in `skip` [R] are null by right."""
+    kind = columns.table.schema.field(column).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        raise TrajectoryError(
+            f"expected a list of messages like [{{'role': 'user', 'content': ...}}], found {kind}; wrap plain text in "
+            "a user message.",
+            column=column,
+        )
+    names = {kind.value_type.field(i).name for i in range(kind.value_type.num_fields)}
+    if not {"role", "content"} <= names:
+        raise TrajectoryError(
+            f"messages need the keys 'role' and 'content', found {sorted(names)}; rename them.", column=column
+        )
+    content = kind.value_type.field("content").type
+    if pa.types.is_list(content) or pa.types.is_large_list(content):
+        part = content.value_type
+        if not pa.types.is_struct(part) or part.get_field_index("type") < 0 or part.get_field_index("text") < 0:
+            raise TrajectoryError(
+                f"content parts need the keys 'type' and 'text', found {part}; write "
+                "{'type': 'text', 'text': ...} and {'type': 'image', 'text': None}.",
+                column=column,
+            )
+    elif not (pa.types.is_string(content) or pa.types.is_large_string(content)):
+        raise TrajectoryError(f"a message's content is a string or a list of parts, found {content}.", column=column)
+
+    facts = columns.fact(column, _message_facts)
+    keep = ~skip
+    messages, unknown, null, bad, shown, asks = (facts[:, k] for k in range(6))
+    _fail(keep & (messages == 0), column, "there is no message; a prompt needs at least one user message.")
+    _fail(keep & (unknown > 0), column, f"a message's role is unknown or null; use one of {', '.join(ROLES)}.")
+    _fail(keep & (null > 0), column, "a message's content is null; write the text, or '' for none.")
+    _fail(keep & (bad > 0), column, "a content part is neither {'type': 'image'} nor {'type': 'text', 'text': ...}.")
+    _fail(
+        keep & (asks == 0),
+        column,
+        "the last message is not the user's; a prompt ends with a user (or tool) message, the answer is `completion`.",
+    )
+    if image_column is None:
+        _fail(keep & (shown > 0), column, "an image part, but the dataset has no `images`; add them or drop the part.")
+        return
+    given = columns.fact(image_column, _lengths)
+    row = _first(keep & (shown >= 0) & (shown != given))
+    if row is not None:
+        raise TrajectoryError(
+            f"{shown[row]} image parts for {given[row]} images in `{image_column}`; give one part for each image.",
+            row=row,
+            column=column,
+        )
+
+
+def _check_completions(columns: _Columns) -> None:
+    column = "completion"
+    kind = columns.table.schema.field(column).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        raise TrajectoryError(
+            f"expected a list with one assistant message, found {kind}; write "
+            "[{'role': 'assistant', 'content': response}].",
+            column=column,
+        )
+    if kind.value_type.get_field_index("role") < 0 or kind.value_type.get_field_index("content") < 0:
+        raise TrajectoryError("the message needs the keys 'role' and 'content'; rename them.", column=column)
+    if not pa.types.is_string(kind.value_type.field("content").type):
+        raise TrajectoryError(
+            f"the response must be a string, found {kind.value_type.field('content').type}; join its text parts.",
+            column=column,
+        )
+
+    def facts(chunk: pa.Array) -> np.ndarray:
+        result = np.zeros((len(chunk), 3), dtype=np.int32)
+        result[:, 0] = _lengths(chunk)
+        messages = chunk.flatten()
+        role, content = pc.struct_field(messages, "role"), pc.struct_field(messages, "content")
+        result[:, 1] = _per_parent(chunk, ~_bools(pc.equal(role, "assistant")))
+        result[:, 2] = _per_parent(chunk, pc.is_null(content).to_numpy(zero_copy_only=False))
+        return result
+
+    count, other, null = columns.fact(column, facts).T
+    _fail(count != 1, column, "expected exactly one message, the assistant's; past turns belong in `prompt`.")
+    _fail(other > 0, column, "the message's role is not 'assistant'.")
+    _fail(null > 0, column, "the response is null; write '' for an empty response.")
+
+
+def _check_image_column(columns: _Columns, column: str, nullable: bool) -> None:
+    kind = columns.table.schema.field(column).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_struct(kind.value_type) or kind.value_type.get_field_index("bytes") < 0:
+        raise TrajectoryError(
+            f"expected a list of images, found {kind}; cast with ds.cast_column({column!r}, "
+            "datasets.List(datasets.Image())).",
+            column=column,
+        )
+    if not nullable:
+        _fail(columns.null(column), column, "null; write an empty list for a prompt without images.")
+
+    def missing(chunk: pa.Array) -> np.ndarray:
+        images = chunk.flatten()
+        absent = pc.is_null(pc.struct_field(images, "bytes"))
+        if kind.value_type.get_field_index("path") >= 0:
+            absent = pc.and_(absent, pc.is_null(pc.struct_field(images, "path")))
+        return _per_parent(chunk, absent.to_numpy(zero_copy_only=False)) > 0
+
+    _fail(columns.fact(column, missing), column, "an image is null; drop the episode or restore the image.")
+
+
+def _check_decoding(ds: datasets.Dataset, column: str, rows: Sequence[int], known: set[bytes]) -> None:
+    """Decode the images of `rows` in full; `known` holds digests of images that have been decoded already."""
+    undecoded = ds.select_columns([column]).with_format("arrow")
+    for row in rows:
+        for k, image in enumerate(undecoded[int(row)].column(column)[0].as_py() or []):
+            digest = hashlib.blake2b(image["bytes"], digest_size=16).digest() if image["bytes"] is not None else None
+            if digest in known:
+                continue
+            try:
+                source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+                with PIL.Image.open(source) as picture:
+                    picture.load()
+            except Exception as error:
+                raise TrajectoryError(
+                    f"image {k} does not decode ({type(error).__name__}: {error}); drop the episode or restore the "
+                    "image.",
+                    row=int(row),
+                    column=column,
+                ) from None
+            if digest is not None:
+                known.add(digest)
+
+
+def _scalar(columns: _Columns, column: str, accepts: Callable[[pa.DataType], bool], wanted: str) -> pa.DataType:
+    """The column's Arrow type; raises when it is not `wanted` or where there is a null."""
+    kind = columns.table.schema.field(column).type
+    if not accepts(kind):
+        raise TrajectoryError(f"expected {wanted}, found {kind}; cast the column.", column=column)
+    _fail(columns.null(column), column, f"null; every row needs {wanted}.")
+    return kind
+
+
+def _numbers(columns: _Columns, column: str, accepts: Callable[[pa.DataType], bool], wanted: str) -> np.ndarray:
+    _scalar(columns, column, accepts, wanted)
+    return columns.fact(column, lambda chunk: chunk.to_numpy(zero_copy_only=False))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def validate_trajectories(
+    ds: datasets.Dataset, decode_images: str = "first", *, require_final_observation: bool = True
+) -> EpisodeIndex:
+    """Check a trajectory dataset, column by column, and index its episodes.
+
+    Scalars and the structure of messages are checked on every row with columnar operations.
+
+    Args:
+        ds: a dataset with random access (a stream has none: read it with `episodes_from_dataset`).
+        decode_images: "all" decodes every distinct image; "first" those of 64 rows spread evenly, the first row and
+            the last included; "none" does not look.
+        require_final_observation: whether a truncated episode must carry its final observation, from which its last
+            turn bootstraps. False suits methods without a critic.
+
+    Raises:
+        TrajectoryError: the first problem found, naming row, column and what to do.
+    """
+    if decode_images not in ("first", "all", "none"):
+        raise ValueError(f"decode_images must be 'first', 'all' or 'none', got {decode_images!r}.")
+    if not isinstance(ds, datasets.Dataset):
+        raise TrajectoryError(
+            f"validation needs random access, got {type(ds).__name__}; pass a datasets.Dataset (one split), which may "
+            "be larger than memory."
+        )
+    missing = [column for column in REQUIRED_COLUMNS if column not in ds.column_names]
+    if missing:
+        raise TrajectoryError(
+            f"the dataset has no such column; it has {ds.column_names}. Rename or add it (build datasets with "
+            "dataset_from_episodes).",
+            column=missing[0],
+        )
+    if len(ds) == 0:
+        raise TrajectoryError("the dataset has no rows.")
+    columns = _Columns(ds)
+    rows = len(ds)
+
+    # Episodes: contiguous, counted from 0, ended once.
+    _scalar(columns, "episode_id", _is_string, "a string")
+    ids = columns.table.column("episode_id").combine_chunks().dictionary_encode()
+    if isinstance(ids, pa.ChunkedArray):
+        ids = ids.combine_chunks()
+    code = ids.indices.to_numpy(zero_copy_only=False)
+    code = code if columns.indices is None else code[columns.indices]
+    turn = _numbers(columns, "turn", pa.types.is_integer, "an integer").astype(np.int64)
+    starts = np.concatenate([[True], (code[1:] != code[:-1])])
+    first_row = np.flatnonzero(starts)
+    _, first_seen = np.unique(code[first_row], return_index=True)
+    if len(first_seen) != len(first_row):
+        again = np.ones(len(first_row), dtype=bool)
+        again[first_seen] = False
+        row = int(first_row[again][0])
+        raise TrajectoryError(
+            f"episode {ids.dictionary[int(code[row])].as_py()!r} continues here after another episode; keep an "
+            "episode's rows contiguous (do not shuffle rows), and ids unique.",
+            row=row,
+            column="episode_id",
+        )
+    length = np.diff(np.append(first_row, rows))
+    row_episode = np.repeat(np.arange(len(first_row)), length)
+    expected = np.arange(rows) - first_row[row_episode]
+    wrong = _first(turn != expected)
+    if wrong is not None:
+        name = ids.dictionary[int(code[wrong])].as_py()
+        raise TrajectoryError(
+            f"turn {turn[wrong]} of episode {name!r} where turn {expected[wrong]} belongs: a gap, a repeated or "
+            "unordered turn, or two episodes with one id. Keep turns 0, 1, 2, ... in order.",
+            row=wrong,
+            column="turn",
+        )
+    terminated = _numbers(columns, "terminated", pa.types.is_boolean, "a bool").astype(bool)
+    truncated = _numbers(columns, "truncated", pa.types.is_boolean, "a bool").astype(bool)
+    is_last = np.zeros(rows, dtype=bool)
+    is_last[first_row + length - 1] = True
+    for column, flags in (("terminated", terminated), ("truncated", truncated)):
+        _fail(
+            flags & ~is_last,
+            column,
+            "true before the episode's last row; only the last turn ends an episode (two ends mean two episodes: give "
+            "them their own ids).",
+        )
+    _fail(
+        is_last & ~terminated & ~truncated,
+        "terminated",
+        "the episode stops here with neither `terminated` nor `truncated`; drop the episode, or mark it truncated and "
+        "give its final observation.",
+    )
+    reward = _numbers(columns, "reward", _is_number, "a number").astype(np.float64)
+    wrong = _first(~np.isfinite(reward))
+    if wrong is not None:
+        raise TrajectoryError(
+            f"the reward is {reward[wrong]}; rewards must be finite. Repair the environment or drop the episode.",
+            row=wrong,
+            column="reward",
+        )
+
+    # What was seen and said.
+    nobody = np.zeros(rows, dtype=bool)
+    has_images = "images" in ds.column_names
+    if has_images:
+        _check_image_column(columns, "images", nullable=False)
+    _fail(columns.null("prompt"), "prompt", "null; every turn needs its prompt.")
+    _check_prompts(columns, "prompt", "images" if has_images else None, nobody)
+    _fail(columns.null("completion"), "completion", "null; every turn needs its response.")
+    _check_completions(columns)
+
+    # The observation after a truncated last turn.
+    needs_final = truncated & ~terminated
+    no_final = columns.null("final_prompt") if "final_prompt" in ds.column_names else ~nobody
+    if require_final_observation:
+        _fail(
+            needs_final & no_final,
+            "final_prompt",
+            "a truncated episode needs the observation after its last turn, to bootstrap from; record it, or set "
+            "`terminated` if the limit belongs to the task.",
+        )
+    _fail(~no_final & ~is_last, "final_prompt", "set before the episode's last row; only the last row may have it.")
+    if "final_prompt" in ds.column_names and not no_final.all():
+        final_images = "final_images" if "final_images" in ds.column_names else None
+        if final_images:
+            _check_image_column(columns, final_images, nullable=True)
+        _check_prompts(columns, "final_prompt", final_images, no_final)
+
+    # Optional columns.
+    if "action" in ds.column_names:
+        _scalar(columns, "action", _is_string, "a string ('' when nothing was parsed)")
+    if "valid" in ds.column_names:
+        _scalar(columns, "valid", pa.types.is_boolean, "a bool")
+    if "behavior_logprobs" in ds.column_names:
+        _check_logprobs(columns)
+
+    if decode_images != "none" and has_images:
+        sample: Sequence[int] = range(rows)
+        if decode_images == "first":
+            sample = np.unique(np.linspace(0, rows - 1, min(IMAGE_SAMPLE, rows)).astype(int)).tolist()
+        known: set[bytes] = set()
+        _check_decoding(ds, "images", sample, known)
+        if "final_images" in ds.column_names:
+            final_rows = np.flatnonzero(~columns.null("final_images"))
+            if decode_images == "first" and len(final_rows) > IMAGE_SAMPLE:
+                final_rows = final_rows[np.linspace(0, len(final_rows) - 1, IMAGE_SAMPLE).astype(int)]
+            _check_decoding(ds, "final_images", final_rows.tolist(), known)
+
+    returns = np.add.reduceat(reward, first_row)
+    to_end = (first_row + length - 1)[row_episode] - np.arange(rows)
+    return EpisodeIndex(
+        episode_ids=np.asarray(ids.dictionary.to_pylist(), dtype=object)[code[first_row]],
+        first_row=first_row,
+        length=length,
+        returns=returns,
+        success=returns > 0,
+        row_episode=row_episode,
+        turn=turn,
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        _order=np.argsort(to_end, kind="stable"),
+    )
+
+
+def _check_logprobs(columns: _Columns) -> None:
+    column = "behavior_logprobs"
+    kind = columns.table.schema.field(column).type
+    if pa.types.is_null(kind):
+        return
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _is_number(kind.value_type):
+        raise TrajectoryError(
+            f"expected a list of floats or null, found {kind}; one log-probability per completion token.",
+            column=column,
+        )
+
+    def bad(chunk: pa.Array) -> np.ndarray:
+        values = pc.cast(chunk.flatten(), pa.float64())
+        numbers = values.to_numpy(zero_copy_only=False)  # nulls become NaN
+        return _per_parent(chunk, ~(np.isfinite(numbers) & (numbers <= 1e-3))) > 0
+
+    _fail(
+        columns.fact(column, bad),
+        column,
+        "a log-probability is null, not finite or positive; record natural logarithms of probabilities, or null.",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, and datasets from datasets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_format: str = "arrow") -> None:
+    """Write a dataset to the folder `path`: "arrow" (`save_to_disk`, memory-mapped when loaded) or "parquet" (smaller,
+    and what the Hub streams).
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if file_format == "arrow":
+        ds.save_to_disk(str(path))
+    elif file_format == "parquet":
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        ds.to_parquet(str(folder / "train-00000-of-00001.parquet"), batch_size=500)
+    else:
+        raise ValueError(f"file_format must be 'arrow' or 'parquet', got {file_format!r}.")
+
+
+def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """A dataset from a folder that `save_trajectories` wrote, or from a folder or file of parquet.
+
+    Args:
+        streaming: give an `IterableDataset`, read piece by piece (for `episodes_from_dataset`). Without it the dataset
+            has random access and is memory-mapped, so it too may be larger than memory.
+
+    Raises:
+        FileNotFoundError: there is no such data.
+    """
+    folder = Path(path)
+    if (folder / "state.json").is_file():
+        ds = datasets.load_from_disk(str(folder))
+        return ds.to_iterable_dataset() if streaming else ds
+    files = sorted(str(file) for file in folder.glob("**/*.parquet")) if folder.is_dir() else []
+    if folder.is_file() and folder.suffix == ".parquet":
+        files = [str(folder)]
+    if not files:
+        raise FileNotFoundError(
+            f"No trajectories at {folder}: neither a dataset saved by save_trajectories nor parquet files."
+        )
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+
+
+def concatenate_trajectories(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """One dataset of the given ones, in order. Where an episode id occurs in two of them, the ids of all become
+    "<position>/<id>".
+
+    Raises:
+        TrajectoryError: no dataset, or datasets with different columns or types.
+    """
+    if not parts:
+        raise TrajectoryError("there are no datasets to concatenate.")
+    for k, part in enumerate(parts):
+        if part.features != parts[0].features:
+            here, there = set(part.column_names), set(parts[0].column_names)
+            raise TrajectoryError(
+                f"dataset {k} has other features than dataset 0 (only there: {sorted(there - here)}, only here: "
+                f"{sorted(here - there)}); cast it with ds.cast(features), or rebuild it with with_images=True."
+            )
+    ids = [set(part.unique("episode_id")) for part in parts]
+    if sum(map(len, ids)) != len(set().union(*ids)):
+        order = parts[0].column_names
+        renamed = []
+        for k, part in enumerate(parts):
+            names = pa.array([f"{k}/{name}" for name in part["episode_id"]], type=pa.string())
+            part = part.remove_columns("episode_id").add_column("episode_id", names)
+            renamed.append(part.select_columns(order))
+        parts = renamed
+    return datasets.concatenate_datasets(list(parts))
+
+
+def filter_top_returns(ds: datasets.Dataset, fraction: float, seed: int = 0) -> datasets.Dataset:
+    """The ceil(fraction * E) episodes with the highest undiscounted returns, whole and in the dataset's order.
+
+    Ties at the cut are broken at random, by `seed`, so that no part of the dataset is favoured. For return-filtered
+    cloning.
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+        TrajectoryError: a dataset that does not validate.
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
+    index = validate_trajectories(ds, decode_images="none", require_final_observation=False)
+    keep = math.ceil(fraction * len(index) - 1e-9)
+    tie = np.random.default_rng(seed).permutation(len(index))
+    best = np.lexsort((tie, -index.returns))[:keep]
+    chosen = np.zeros(len(index), dtype=bool)
+    chosen[best] = True
+    return ds.select(np.flatnonzero(chosen[index.row_episode]))
