@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rows of a trajectory dataset to padded tensors: segments, their bootstrap states, one batch.
+
+`SegmentSampler` orders the rows so that each segment's turns are neighbours, `SegmentDataset` reads a batch of rows and
+sees which of them follow one another, `VLMQDataCollator` turns them into tensors through TRL's own collator.
+
+A batch of `per_device_train_batch_size` turns is R rows with a completion, then one completion-free row for each segment
+that needs a bootstrap state. A batch boundary may cut a segment: its halves simply become two segments.
+
+Axes: B rows of the batch (R turns, then the bootstrap rows), T tokens, S segments, A action tokens.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
+
+from .trajectory import EpisodeIndex
+
+TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
+
+
+class SegmentSampler(Sampler[int]):
+    """Row indices of one epoch: every turn once, segments of at most `segment_length` turns in random order.
+
+    Each epoch cuts the episodes at new places. The order depends on `seed` and the epoch alone, so that a resumed run
+    sees what an uninterrupted one would have.
+    """
+
+    def __init__(self, index: EpisodeIndex, segment_length: int, seed: int, shuffle: bool = True):
+        self.first_row, self.length = np.asarray(index.first_row), np.asarray(index.length)
+        self.segment_length, self.seed, self.shuffle, self.epoch = segment_length, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return int(self.length.sum())
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        n = self.segment_length
+        # An episode's first segment is 1..n turns long, so that cuts fall everywhere over the epochs.
+        first = rng.integers(1, n + 1, len(self.length)) if self.shuffle else np.full(len(self.length), n)
+        count = 1 + np.maximum(0, -(-(self.length - first) // n))
+        episode = np.repeat(np.arange(len(count)), count)
+        k = np.arange(len(episode)) - np.repeat(np.cumsum(count) - count, count)
+        start = np.where(k == 0, 0, first[episode] + (k - 1) * n)
+        stop = np.minimum(np.where(k == 0, first[episode], start + n), self.length[episode])
+        order = rng.permutation(len(episode)) if self.shuffle else np.arange(len(episode))
+        for s in order:
+            row = self.first_row[episode[s]]
+            yield from range(int(row + start[s]), int(row + stop[s]))
+
+
+class SegmentDataset(TorchDataset):
+    """Reads batches of rows of a validated trajectory dataset, with each segment's bootstrap observation.
+
+    Items are dictionaries: the row's columns, and `row`, `reward`, `terminated`, `segment` (index within the batch),
+    `return_to_go` (the data's own discounted return from this turn on) and `bootstrap` (None, or the `prompt` and
+    `images` of the state that follows the segment; always None without `with_bootstrap`).
+    """
+
+    def __init__(self, dataset: Dataset, index: EpisodeIndex, gamma: float, with_bootstrap: bool = True):
+        self.dataset = dataset.select_columns([c for c in TURN_COLUMNS if c in dataset.column_names])
+        self.index = index
+        self.with_bootstrap = with_bootstrap
+        self.return_to_go = index.returns_to_go(gamma)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        index = self.index
+        rows = [int(r) for r in rows]
+        follows = [i > 0 and r == rows[i - 1] + 1 and index.turn[r] > 0 for i, r in enumerate(rows)]
+        ends = [i + 1 == len(rows) or not follows[i + 1] for i in range(len(rows))]
+        ends = [end and self.with_bootstrap for end in ends]
+        next_rows = [
+            r + 1 for r, end in zip(rows, ends, strict=True) if end and not index.terminated[r] and not index.truncated[r]
+        ]
+        records = self._read(rows + next_rows)
+        following = iter(records[len(rows) :])
+        segment = -1
+        items = []
+        for i, row in enumerate(rows):
+            record = records[i]
+            final = {"prompt": record.pop("final_prompt", None), "images": record.pop("final_images", None) or []}
+            bootstrap = None
+            if ends[i] and not index.terminated[row]:
+                if index.truncated[row]:
+                    bootstrap = final
+                else:
+                    successor = next(following)
+                    bootstrap = {"prompt": successor["prompt"], "images": successor.get("images") or []}
+            segment += not follows[i]
+            items.append(
+                {
+                    **record,
+                    "row": row,
+                    "segment": segment,
+                    "reward": float(index.reward[row]),
+                    "terminated": bool(index.terminated[row]),
+                    "return_to_go": float(self.return_to_go[row]),
+                    "bootstrap": bootstrap,
+                }
+            )
+        return items
+
+    def _read(self, rows: list[int]) -> list[dict[str, Any]]:
+        columns = self.dataset[rows]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@dataclass
+class VLMQDataCollator:
+    """Items of `SegmentDataset` -> one batch.
+
+    Rows are rendered and tokenised by TRL's collators, so that the tensors of the R turn rows are those that stock
+    `SFTTrainer` would see.
+
+    Args:
+        processing_class: a processor, or a tokenizer for text-only models.
+        max_length: longest row in tokens; None for no limit. A longer row is an error, never cut: its end carries the
+            reward.
+        pad_to_multiple_of: text-only models.
+
+    Returns (from calling it):
+        `input_ids`, `attention_mask`, `labels` [B, T] and the family's own tensors; `bootstrap_mask` [B, T] bool;
+        `turn_segment`, `turn_reward`, `turn_terminated`, `turn_return_to_go` [R]; `segment_bootstrap` [S] row of
+        `bootstrap_mask`'s True entries that follows each segment, -1 for none; `behavior_log_probs` [A], NaN where
+        unknown, only if the data has any.
+
+    Raises:
+        ValueError: a row too long, without action tokens, or with more behaviour log-probabilities than tokens.
+    """
+
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        bootstraps = [item["bootstrap"] for item in items if item["bootstrap"] is not None]
+        rows = [self._render(item["prompt"], item.get("images"), item["completion"]) for item in items]
+        rows += [self._render(b["prompt"], b["images"], None) for b in bootstraps]
+        batch = self._tokenize(rows)
+        labels = batch["labels"]
+        turns = len(items)
+        labels[turns:] = -100
+        labels[:, 0] = -100
+        counts = (labels[:turns] != -100).sum(1)
+        self._check(items, batch["attention_mask"], counts)
+
+        batch["bootstrap_mask"] = torch.zeros_like(labels, dtype=torch.bool)
+        if bootstraps:
+            # Padding may be on either side: the last attended position is the state that generation starts from.
+            width = labels.shape[1]
+            last = width - 1 - batch["attention_mask"][turns:].flip(1).argmax(1)
+            batch["bootstrap_mask"][torch.arange(turns, len(rows)), last] = True
+        batch["turn_segment"] = torch.tensor([item["segment"] for item in items])
+        batch["turn_reward"] = torch.tensor([item["reward"] for item in items], dtype=torch.float32)
+        batch["turn_terminated"] = torch.tensor([item["terminated"] for item in items])
+        batch["turn_return_to_go"] = torch.tensor([item["return_to_go"] for item in items], dtype=torch.float32)
+        segment_bootstrap = torch.full((items[-1]["segment"] + 1,), -1)
+        ends = [item["segment"] for item in items if item["bootstrap"] is not None]
+        segment_bootstrap[ends] = torch.arange(len(ends))
+        batch["segment_bootstrap"] = segment_bootstrap
+        if any(item.get("behavior_logprobs") is not None for item in items):
+            batch["behavior_log_probs"] = self._behavior_log_probs(items, counts)
+        return batch
+
+    def _render(self, prompt: list[dict], images: list | None, completion: list[dict] | None) -> dict[str, Any]:
+        """One row as text and images; a bootstrap row has an empty completion."""
+        images = images or []
+        example = {"prompt": prepare_multimodal_messages(prompt, images=images)}
+        if completion is not None:
+            example["completion"] = prepare_multimodal_messages(completion)
+        if not isinstance(self.processing_class, ProcessorMixin):
+            example = {k: [_text_only(message) for message in v] for k, v in example.items()}
+        return {"completion": "", **apply_chat_template(example, self.processing_class), "images": images}
+
+    def _tokenize(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if isinstance(self.processing_class, ProcessorMixin):
+            collate = DataCollatorForVisionLanguageModeling(
+                self.processing_class, max_length=None, completion_only_loss=True
+            )
+            return dict(collate(rows))
+        examples = []
+        for row in rows:
+            prompt = self.processing_class(row["prompt"], add_special_tokens=False)["input_ids"]
+            completion = self.processing_class(row["completion"], add_special_tokens=False)["input_ids"]
+            examples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
+        pad_token_id = self.processing_class.pad_token_id
+        collate = DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        return dict(collate(examples))
+
+    def _check(self, items: list[dict[str, Any]], attention_mask: torch.Tensor, counts: torch.Tensor) -> None:
+        if (counts == 0).any():
+            row = items[int((counts == 0).nonzero()[0])]["row"]
+            raise ValueError(
+                f"Row {row}, column `completion`: it renders to no token, so there is no action to learn from. Drop the "
+                "row, or use a chat template that ends an assistant message with an end-of-turn token."
+            )
+        lengths = attention_mask[: len(items)].sum(1)
+        if self.max_length is not None and (lengths > self.max_length).any():
+            i = int(lengths.argmax())
+            raise ValueError(
+                f"Row {items[i]['row']} is {int(lengths[i])} tokens long, over `max_length={self.max_length}`. Cutting it "
+                "would lose the turn's end, which carries the reward: raise `max_length`, or set it to None."
+            )
+
+    def _behavior_log_probs(self, items: list[dict[str, Any]], counts: torch.Tensor) -> torch.Tensor:
+        packed = []
+        for item, count in zip(items, counts.tolist(), strict=True):
+            recorded = item.get("behavior_logprobs")
+            recorded = [] if recorded is None else list(recorded)
+            if len(recorded) > count:
+                raise ValueError(
+                    f"Row {item['row']}, column `behavior_logprobs`: {len(recorded)} values for {count} completion "
+                    "tokens. They must be recorded with this model's tokenizer."
+                )
+            # Text that the chat template adds after the end of turn was never sampled.
+            packed += recorded + [math.nan] * (count - len(recorded))
+        return torch.tensor(packed, dtype=torch.float32)
+
+
+def _text_only(message: dict[str, Any]) -> dict[str, Any]:
+    """Structured content -> one string, the form that text-only chat templates expect."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    return {**message, "content": content}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Critic heads on a backbone's last hidden states: an ensemble, its Polyak-averaged target copy, and the running
+normalisation of the targets.
+
+Two kinds (`CriticConfig.critic_type`):
+
+- `"scalar"`: Q(s_t, a_t) from the hidden state *after* a_t is consumed, V(s_t) from the one before it. No unseen action
+  is ever queried.
+- `"vocab"`: Q(s_t, .) over the vocabulary, factorised hidden -> rank -> vocabulary, so that a vocabulary of 150,000
+  costs megabytes; V(s_t) = sum_a pi(a|s_t) Q(s_t, a).
+
+Heads speak in units of the normalised targets: (G - mean) / std. When the running mean and standard deviation move, the
+last layers are rescaled so that the values they stand for stay put (PopArt, arXiv 1602.07714, section 2.2).
+
+Axes: A action tokens, D hidden size, N critics, R rank, V vocabulary. Everything is float32, whatever the backbone is.
+"""
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .losses import update_moments
+
+CRITIC_TYPES = ("scalar", "vocab")
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Shape of a critic; saved as `critic_config.json`.
+
+    Args:
+        critic_type: `"scalar"` or `"vocab"`.
+        num_critics: N, heads of the ensemble.
+        critic_hidden_size: width of a hidden layer in scalar heads; 0 makes them linear.
+        critic_rank: R, inner size of the vocabulary-wide critic.
+        hidden_size: D of the backbone; filled in from the model.
+        vocab_size: V of the backbone; filled in from the model.
+    """
+
+    critic_type: str = "scalar"
+    num_critics: int = 2
+    critic_hidden_size: int = 128
+    critic_rank: int = 64
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        if self.critic_type not in CRITIC_TYPES:
+            raise ValueError(f"`critic_type` is {self.critic_type!r}; choose one of {CRITIC_TYPES}.")
+        if self.num_critics < 1:
+            raise ValueError(f"`num_critics` is {self.num_critics}; a critic needs at least one head.")
+        if self.critic_hidden_size < 0:
+            raise ValueError(f"`critic_hidden_size` is {self.critic_hidden_size}; 0 makes linear heads, no less.")
+        if self.critic_rank < 1:
+            raise ValueError(f"`critic_rank` is {self.critic_rank}; it must be at least 1.")
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+class EnsembleHead(nn.Module):
+    """N independent scalar heads: [..., D] -> [..., N]; linear, or with one SiLU hidden layer."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.hidden = nn.Linear(input_size, num_heads * hidden_size) if hidden_size else None
+        width = hidden_size or input_size
+        self.weight = nn.Parameter(torch.empty(num_heads, width))
+        self.bias = nn.Parameter(torch.zeros(num_heads))
+        # Small, so that values start near the targets' mean and advantages near zero.
+        nn.init.normal_(self.weight, std=0.1 / math.sqrt(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hidden is None:
+            return x @ self.weight.T + self.bias
+        h = nn.functional.silu(self.hidden(x)).unflatten(-1, self.weight.shape)
+        return (h * self.weight).sum(-1) + self.bias
+
+    @torch.no_grad()
+    def rescale_(self, scale: Tensor, shift: Tensor) -> None:
+        """Makes the output `scale * output + shift`, in place."""
+        self.weight.mul_(scale)
+        self.bias.mul_(scale).add_(shift)
+
+
+class ScalarHeads(nn.Module):
+    """Q on the state after the action, V on the state before it."""
+
+    def __init__(self, config: CriticConfig):
+        super().__init__()
+        self.q = EnsembleHead(config.hidden_size, config.critic_hidden_size, config.num_critics)
+        self.v = EnsembleHead(config.hidden_size, config.critic_hidden_size, config.num_critics)
+
+    def rescale_(self, scale: Tensor, shift: Tensor) -> None:
+        self.q.rescale_(scale, shift)
+        self.v.rescale_(scale, shift)
+
+
+class VocabHeads(nn.Module):
+    """Q rows over the vocabulary, factorised: Q_n(s, a) = up[n, a] . down_n(s) + bias[n]."""
+
+    def __init__(self, config: CriticConfig):
+        super().__init__()
+        self.down = nn.Linear(config.hidden_size, config.num_critics * config.critic_rank)
+        self.up = nn.Parameter(torch.empty(config.num_critics, config.vocab_size, config.critic_rank))
+        self.bias = nn.Parameter(torch.zeros(config.num_critics))
+        nn.init.normal_(self.up, std=0.1 / math.sqrt(config.critic_rank))
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """[A, D] -> [A, N, R]."""
+        return self.down(hidden).unflatten(-1, (self.up.shape[0], self.up.shape[2]))
+
+    def taken(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Q of the taken tokens: features [A, N, R], tokens [A] -> [A, N]."""
+        return (features * self.up[:, tokens].transpose(0, 1)).sum(-1) + self.bias
+
+    def expected(self, features: Tensor, probabilities: Tensor) -> Tensor:
+        """sum_a pi(a|s) Q(s, a): features [A, N, R], probabilities [A, V] -> [A, N], no [A, N, V] tensor on the way."""
+        return (features * torch.einsum("av,nvr->anr", probabilities, self.up)).sum(-1) + self.bias
+
+    @torch.no_grad()
+    def rescale_(self, scale: Tensor, shift: Tensor) -> None:
+        self.up.mul_(scale)
+        self.bias.mul_(scale).add_(shift)
+
+
+class Critic(nn.Module):
+    """Online heads, target heads, and the targets' running mean and standard deviation.
+
+    Attributes:
+        online: heads that are trained.
+        target: their Polyak-averaged copy; never receives gradients.
+        target_mean, target_second_moment: float64-safe running moments of the token returns, in reward units.
+    """
+
+    MIN_STD = 1e-4
+
+    target_mean: Tensor
+    target_second_moment: Tensor
+
+    def __init__(self, config: CriticConfig):
+        super().__init__()
+        if not config.hidden_size or (config.critic_type == "vocab" and not config.vocab_size):
+            raise ValueError("`CriticConfig` needs the backbone's `hidden_size`, and `vocab_size` for the vocab critic.")
+        self.config = config
+        self.online = ScalarHeads(config) if config.critic_type == "scalar" else VocabHeads(config)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.register_buffer("target_mean", torch.zeros(()))
+        self.register_buffer("target_second_moment", torch.ones(()))
+
+    @property
+    def target_std(self) -> Tensor:
+        """Scalar standard deviation of the targets, at least `MIN_STD`."""
+        return (self.target_second_moment - self.target_mean.square()).clamp(min=self.MIN_STD**2).sqrt()
+
+    @torch.no_grad()
+    def set_moments(self, mean: Tensor, second_moment: Tensor) -> None:
+        """Moves the running moments and rescales the last layers, so that denormalised values do not change."""
+        old_mean, old_std = self.target_mean.clone(), self.target_std
+        self.target_mean.copy_(mean)
+        self.target_second_moment.copy_(second_moment)
+        scale = old_std / self.target_std
+        shift = (old_mean - self.target_mean) / self.target_std
+        for heads in (self.online, self.target):
+            heads.rescale_(scale, shift)
+
+    @torch.no_grad()
+    def initialize_moments(self, mean: float, std: float) -> None:
+        """Sets the moments from known returns before training: the fresh heads' small outputs then mean `mean`."""
+        self.target_mean.fill_(mean)
+        self.target_second_moment.fill_(mean**2 + max(std, self.MIN_STD) ** 2)
+
+    @torch.no_grad()
+    def update_moments(self, batch_sum: Tensor, batch_square_sum: Tensor, batch_count: Tensor, rate: float) -> None:
+        """Moves the running moments by `rate` towards a batch's targets (see `losses.update_moments`)."""
+        self.set_moments(
+            *update_moments(
+                self.target_mean, self.target_second_moment, batch_sum, batch_square_sum, batch_count, rate
+            )
+        )
+
+    @torch.no_grad()
+    def update_target(self, tau: float) -> None:
+        """target <- (1 - tau) * target + tau * online, parameter by parameter."""
+        torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.online.parameters()], tau)

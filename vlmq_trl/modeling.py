@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The value-head model class: any Hugging Face image-text-to-text (or text-only causal) model, with a critic.
+
+`AutoModelForImageTextToTextWithValueHead` runs backbone, policy head and critic in **one** forward, and projects only
+the action positions through the language-model head. What it saves is a stock model or PEFT adapter, and beside it the
+critic in files of its own (`critic.safetensors`, `critic_config.json`).
+
+Axes: B rows, T tokens, D hidden size, A action tokens of the batch (row by row, in order), N critics, V vocabulary.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import ModelOutput, cached_file
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .critic import Critic, CriticConfig
+
+CRITIC_WEIGHTS_NAME = "critic.safetensors"
+CRITIC_CONFIG_NAME = "critic_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+# Largest [rows, vocabulary] tile, in elements, that the vocabulary-wide critic makes: 32 MB of float32.
+MAX_TILE_ELEMENTS = 2**23
+
+
+@dataclass
+class ValueHeadOutput(ModelOutput):
+    """What the action positions of a batch give, packed row by row in token order.
+
+    Args:
+        log_probs: [A] log pi(a_t|s_t), with gradient.
+        entropy: [A] entropy of pi(.|s_t), no gradient.
+        is_top1: [A] bool, whether a_t is the policy's first choice.
+        q_values: [A, N] Q(s_t, a_t) of the online heads, normalised.
+        q_log_probs: [A, N] log softmax(Q(s_t, .))[a_t]; vocabulary-wide critic only.
+        state_values: [A, N] V(s_t) of the online heads, normalised; scalar critic only.
+        target_q_values, target_state_values: [A, N] the same of the target heads, no gradient.
+        bootstrap_values: [number of True in `bootstrap_mask`, N] V_target of the bootstrap states, no gradient.
+    """
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    q_values: Tensor | None = None
+    q_log_probs: Tensor | None = None
+    state_values: Tensor | None = None
+    target_q_values: Tensor | None = None
+    target_state_values: Tensor | None = None
+    bootstrap_values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to the head's output: logits = softcap * tanh(scale * x / softcap), or scale * x."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LogitTransform":
+        """Reads the families' several names for it, as TRL's fused head does."""
+        softcap = getattr(config, "final_logit_softcapping", None)
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if getattr(config, name, None) is not None:
+                return cls(getattr(config, name), softcap)
+        scaling = getattr(config, "logits_scaling", None)
+        if scaling is not None:
+            return cls(scaling if config.model_type == "hyperclovax" else 1 / scaling, softcap)
+        return cls(1.0, softcap)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+class AutoModelForImageTextToTextWithValueHead(nn.Module):
+    """A pretrained model with a critic on its last hidden states.
+
+    Calling it with `labels` (-100 everywhere but on action tokens) scores the action tokens and returns a
+    `ValueHeadOutput`; without, it is the pretrained model's own forward. Attributes that it does not define itself
+    (`generate`, `config`, `device`, ...) are the pretrained model's.
+
+    Args:
+        pretrained_model: a `PreTrainedModel` with a language-model head, or a `peft.PeftModel` around one.
+        critic_config: shape of a fresh critic; its `hidden_size` and `vocab_size` are read off the model. Seed torch
+            before, if several processes must agree on the fresh weights.
+
+    Raises:
+        ValueError: if the model has no language-model head, or its PEFT method adds virtual tokens.
+    """
+
+    def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
+        super().__init__()
+        base = _base_model(pretrained_model)
+        head = base.get_output_embeddings()
+        if head is None or base.base_model is base:
+            raise ValueError(
+                f"{type(base).__name__} has no language-model head on a backbone, so there is no policy to train. Pass a "
+                "model of `AutoModelForImageTextToText` or `AutoModelForCausalLM`."
+            )
+        peft_config = getattr(pretrained_model, "peft_config", None)
+        if isinstance(peft_config, dict) and any(c.is_prompt_learning for c in peft_config.values()):
+            raise ValueError(
+                "Prompt-learning PEFT methods shift the token positions that the critic reads; use LoRA or another "
+                "adapter that changes weights only."
+            )
+        text_config = base.config.get_text_config()
+        expected = {"hidden_size": text_config.hidden_size, "vocab_size": head.weight.shape[0]}
+        # Under ZeRO-3 a partitioned weight reports an empty shape.
+        if hasattr(head.weight, "ds_shape"):
+            expected["vocab_size"] = head.weight.ds_shape[0]
+        config = critic_config or CriticConfig()
+        for name, value in expected.items():
+            if getattr(config, name) not in (None, value):
+                raise ValueError(
+                    f"The critic was made for {name}={getattr(config, name)}, but {type(base).__name__} has {value}: "
+                    "it belongs to another model."
+                )
+        self.pretrained_model = pretrained_model
+        self.critic = Critic(CriticConfig(**{**config.to_dict(), **expected}))
+        self.critic.to(head.weight.device)
+        self.logit_transform = LogitTransform.from_config(text_config)
+        # Vocabulary entries that are projected at a time; bounds memory, never the result.
+        self.vocab_chunk_size = 32768
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "pretrained_model":
+                raise
+            return getattr(self.pretrained_model, name)
+
+    # ---- forward ----
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        bootstrap_mask: Tensor | None = None,
+        with_critic: bool = True,
+        **model_inputs: Any,
+    ) -> Any:
+        """Scores the action tokens of a batch.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T] token ids on action tokens, -100 elsewhere; None calls the pretrained model itself. An
+                action token is never at position 0.
+            bootstrap_mask: [B, T] True at the last prompt token of rows that only serve as bootstrap state.
+            with_critic: False leaves all critic fields None (plain SFT).
+            **model_inputs: `attention_mask`, `pixel_values` and whatever else the family takes.
+        """
+        if labels is None:
+            return self.pretrained_model(input_ids=input_ids, **model_inputs)
+        base = _base_model(self.pretrained_model)
+        model_inputs["use_cache"] = False
+        hidden = base.base_model(input_ids=input_ids, **model_inputs).last_hidden_state
+        rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        before = hidden[rows, positions]  # [A, D] state s_t
+        tokens = labels[rows, positions + 1]
+        output = ValueHeadOutput()
+        output.log_probs, output.entropy, output.is_top1 = self._policy(base, before, tokens)
+        if not with_critic:
+            return output
+        after = hidden[rows, positions + 1]  # [A, D] state after a_t
+        bootstrap = hidden[bootstrap_mask] if bootstrap_mask is not None else hidden[:0, 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.critic.config.critic_type == "scalar":
+                self._score_scalar(output, before.float(), after.float(), bootstrap.float())
+            else:
+                self._score_vocab(output, base, before, bootstrap, tokens)
+        return output
+
+    def _policy(self, base: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[A, D], [A] -> log-probabilities, entropies, is_top1, each [A], without an [A, V] tensor."""
+        weight, bias = _head_weights(base)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+                hidden,
+                weight,
+                bias,
+                tokens,
+                1.0,
+                self.vocab_chunk_size,
+                self.logit_transform.softcap,
+                self.logit_transform.scale,
+                ("log_probs", "entropy", "is_top1"),
+            )
+        return log_probs, entropy.detach(), is_top1
+
+    def _score_scalar(self, output: ValueHeadOutput, before: Tensor, after: Tensor, bootstrap: Tensor) -> None:
+        online, target = self.critic.online, self.critic.target
+        output.q_values = online.q(after)
+        output.state_values = online.v(before)
+        with torch.no_grad():
+            output.target_q_values = target.q(after)
+            output.target_state_values = target.v(before)
+            output.bootstrap_values = target.v(bootstrap)
+
+    def _score_vocab(
+        self, output: ValueHeadOutput, base: PreTrainedModel, before: Tensor, bootstrap: Tensor, tokens: Tensor
+    ) -> None:
+        online, target = self.critic.online, self.critic.target
+        features = online.features(before.float())
+        output.q_values = online.taken(features, tokens)
+        # The Q row read as logits: the policy's kernel gives its log-softmax at the taken token, chunk by chunk.
+        output.q_log_probs = torch.stack(
+            [
+                ChunkedLogProbFunction.apply(
+                    features[:, n], online.up[n], None, tokens, 1.0, self.vocab_chunk_size, None, 1.0, ("log_probs",)
+                )[0]
+                for n in range(features.shape[1])
+            ],
+            dim=-1,
+        )
+        with torch.no_grad():
+            target_features = target.features(before.float())
+            output.target_q_values = target.taken(target_features, tokens)
+            states = torch.cat([before, bootstrap])
+            features = torch.cat([target_features, target.features(bootstrap.float())])
+            values = self._expected_q(base, states, features)
+            output.target_state_values, output.bootstrap_values = values.split([len(before), len(bootstrap)])
+
+    def _expected_q(self, base: PreTrainedModel, hidden: Tensor, features: Tensor) -> Tensor:
+        """sum_a pi(a|s) Q_target(s, a): hidden [A, D], features [A, N, R] -> [A, N], a tile of rows at a time."""
+        weight, bias = _head_weights(base)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            rows = max(1, MAX_TILE_ELEMENTS // weight.shape[0])
+            values = [
+                self.critic.target.expected(
+                    f, self.logit_transform(nn.functional.linear(h.to(weight.dtype), weight, bias).float()).softmax(-1)
+                )
+                for h, f in zip(hidden.split(rows), features.split(rows), strict=True)
+            ]
+        return torch.cat(values) if values else features.new_zeros(0, features.shape[1])
+
+    # ---- saving and loading ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
+        """Writes a stock model (or PEFT adapter), and the critic in its own two files.
+
+        Args:
+            state_dict: this module's whole state dict, where the weights are sharded and were gathered before.
+            **kwargs: passed to the pretrained model's `save_pretrained`.
+        """
+        own, critic_state = None, self.critic.state_dict()
+        if state_dict is not None:
+            prefix = "pretrained_model."
+            own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            critic_state = {k.removeprefix("critic."): v for k, v in state_dict.items() if k.startswith("critic.")}
+        self.pretrained_model.save_pretrained(save_directory, state_dict=own, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_critic(save_directory, critic_state)
+
+    def save_critic(self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes `critic.safetensors` and `critic_config.json` only."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self.critic.state_dict() if state_dict is None else state_dict
+        save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, directory / CRITIC_WEIGHTS_NAME)
+        (directory / CRITIC_CONFIG_NAME).write_text(json.dumps(self.critic.config.to_dict(), indent=2) + "\n")
+
+    def load_critic(self, directory: str | os.PathLike, **hub_kwargs: Any) -> None:
+        """Restores the critic saved beside a model.
+
+        Raises:
+            OSError: if the critic's files are missing.
+            ValueError: if they do not fit this model; nothing is dropped or left fresh silently.
+        """
+        config = load_critic_config(directory, **hub_kwargs)
+        if config != self.critic.config:
+            changed = {
+                k: (v, getattr(self.critic.config, k))
+                for k, v in config.to_dict().items()
+                if v != getattr(self.critic.config, k)
+            }
+            raise ValueError(f"The critic in {directory} does not fit: (saved, wanted) are {changed}.")
+        path = cached_file(str(directory), CRITIC_WEIGHTS_NAME, **hub_kwargs)
+        try:
+            self.critic.load_state_dict(load_file(path), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"The critic in {directory} does not fit its own {CRITIC_CONFIG_NAME}: {error}") from None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        critic_config: CriticConfig | None = None,
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> "AutoModelForImageTextToTextWithValueHead":
+        """Loads a model (or adapter on its base model) and its critic.
+
+        Args:
+            pretrained_model_name_or_path: a directory or Hub id, of a whole model or of a PEFT adapter.
+            critic_config: give it to start a **fresh** critic on a model that has none. Left out, the critic must be
+                there.
+            is_trainable: whether a loaded adapter is to be trained further.
+            **kwargs: passed to the model class' `from_pretrained` (`dtype`, `revision`, `token`, ...).
+
+        Raises:
+            OSError: if there is no critic and no `critic_config` was given.
+            ValueError: if the critic does not fit the model.
+        """
+        name = str(pretrained_model_name_or_path)
+        hub_kwargs = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        saved = has_critic(name, **hub_kwargs)
+        if not saved and critic_config is None:
+            raise OSError(
+                f"{name} holds no critic ({CRITIC_CONFIG_NAME}). Pass `critic_config=CriticConfig()` to start a fresh one."
+            )
+        if saved and critic_config is not None:
+            raise ValueError(f"{name} has a critic of its own; leave `critic_config` out to restore it.")
+        model = load_pretrained(name, is_trainable=is_trainable, **kwargs)
+        wrapped = cls(model, load_critic_config(name, **hub_kwargs) if saved else critic_config)
+        if saved:
+            wrapped.load_critic(name, **hub_kwargs)
+        return wrapped
+
+
+def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
+    """A whole model, or a PEFT adapter on its base model, by what `name` holds. Weights are safetensors only."""
+    hub_kwargs = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+    kwargs["use_safetensors"] = True
+    if _find(name, ADAPTER_CONFIG_NAME, **hub_kwargs):
+        from peft import PeftConfig, PeftModel
+
+        peft_config = PeftConfig.from_pretrained(name, **hub_kwargs)
+        base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
+        base = load_pretrained(peft_config.base_model_name_or_path, **base_kwargs)
+        return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
+    trust = kwargs.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **hub_kwargs)
+    multimodal = type(config) in AutoModelForImageTextToText._model_mapping or (
+        AutoModelForImageTextToText.__name__ in (getattr(config, "auto_map", None) or {})
+    )
+    auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    return auto_class.from_pretrained(name, **kwargs)
+
+
+def has_critic(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
+    """Whether a directory or Hub repository holds a critic beside its model."""
+    return _find(name, CRITIC_CONFIG_NAME, **hub_kwargs) is not None
+
+
+def load_critic_config(name: str | os.PathLike, **hub_kwargs: Any) -> CriticConfig:
+    """Reads `critic_config.json`; raises OSError if it is missing, ValueError if it is not one of ours."""
+    path = cached_file(str(name), CRITIC_CONFIG_NAME, **hub_kwargs)
+    try:
+        return CriticConfig(**json.loads(Path(path).read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{CRITIC_CONFIG_NAME} of {name} is not a critic's configuration: {error}") from None
+
+
+def _find(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str | None:
+    return cached_file(
+        str(name),
+        filename,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_kwargs,
+    )
+
+
+def _base_model(model: nn.Module) -> Any:
+    """The `PreTrainedModel` inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _head_weights(base: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    head = base.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VLMQConfig`: TRL's `SFTConfig` and what VLM Q-Learning adds, in reading order."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .critic import CRITIC_TYPES, CriticConfig
+from .losses import FILTERS, TRACES
+
+
+@dataclass
+class VLMQConfig(SFTConfig):
+    r"""
+    Configuration of the [`VLMQTrainer`]. Everything that [`~trl.SFTConfig`] has keeps its meaning; the defaults that
+    differ are listed at the end.
+
+    Parameters:
+        > Parameters that control the returns (arXiv 2505.03181, section 4)
+
+        gamma (`float`, *optional*, defaults to `0.95`):
+            Discount across turns.
+        token_gamma (`float`, *optional*, defaults to `1.0`):
+            Discount inside a turn.
+        turn_lambda (`float`, *optional*, defaults to `0.0`):
+            Lambda of the returns across turns: 0 bootstraps from the next turn's value, 1 uses the data's own return.
+        token_lambda (`float`, *optional*, defaults to `0.95`):
+            Lambda of the returns inside a turn. One-step targets (0) do not cross a long completion.
+        segment_length (`int`, *optional*, defaults to `8`):
+            Consecutive turns of an episode in one training sample. Longer segments need fewer bootstrap rows.
+        off_policy_trace (`str`, *optional*, defaults to `"none"`):
+            `"none"`, `"retrace"` (needs `behavior_logprobs`) or `"tree_backup"`; multiplies both lambdas.
+
+        > Parameters that control the critic
+
+        critic_type (`str`, *optional*, defaults to `"scalar"`):
+            `"scalar"` (Q and V heads) or `"vocab"` (a Q row over the vocabulary, with a conservative term).
+        num_critics (`int`, *optional*, defaults to `2`):
+            Heads of the ensemble.
+        critic_hidden_size (`int`, *optional*, defaults to `128`):
+            Width of the scalar heads' hidden layer; 0 for linear heads.
+        critic_rank (`int`, *optional*, defaults to `64`):
+            Inner size of the vocabulary-wide critic.
+        critic_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the critic's loss. 0 switches the critic off; that needs `filter="none"`.
+        critic_learning_rate (`float`, *optional*):
+            Learning rate of the critic's heads; `learning_rate` when not given.
+        value_expectile (`float`, *optional*, defaults to `0.8`):
+            Expectile of the scalar critic's V. 0.5 evaluates the data's policy, above it the better actions (IQL).
+        conservative_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the vocabulary-wide critic's conservative term, within the critic's loss.
+        target_tau (`float`, *optional*, defaults to `0.01`):
+            Step of the target heads towards the online heads, each update.
+        target_aggregation (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` or `"min"` over the ensemble in targets.
+        target_norm_rate (`float`, *optional*, defaults to `0.01`):
+            Step of the running mean and variance that normalise the targets, each update.
+
+        > Parameters that control the filter
+
+        filter (`str`, *optional*, defaults to `"binary"`):
+            `"binary"` 1[A > threshold], `"exp"` clipped exp(A / temperature), `"none"` (plain SFT). Advantages are in
+            units of the targets' standard deviation.
+        filter_threshold (`float`, *optional*, defaults to `0.0`):
+            Threshold of the binary filter.
+        filter_temperature (`float`, *optional*, defaults to `0.3`):
+            Temperature of the exponential filter.
+        filter_max_weight (`float`, *optional*, defaults to `20.0`):
+            Largest weight of the exponential filter.
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            First updates during which every token is kept, while the critic learns.
+
+        > Parameters that control the evaluation
+
+        eval_episodes (`int`, *optional*, defaults to `200`):
+            Episodes that an evaluation plays.
+        eval_num_envs (`int`, *optional*, defaults to `64`):
+            Environments played at once.
+        eval_seed (`int`, *optional*, defaults to `1_000_000`):
+            Seed of an evaluation's first episode; keep it away from the training data's.
+        eval_temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature of the evaluation; 0 is greedy.
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Longest response in tokens.
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.SFTConfig`]:
+    > - `max_length`: `None` instead of `1024`. A row that is too long is an error, since its end carries the reward.
+    > - `metric_for_best_model`: `"success_rate"`, with `greater_is_better`.
+    """
+
+    # Returns
+    gamma: float = field(default=0.95, metadata={"help": "Discount across turns."})
+    token_gamma: float = field(default=1.0, metadata={"help": "Discount inside a turn."})
+    turn_lambda: float = field(default=0.0, metadata={"help": "Lambda of the returns across turns."})
+    token_lambda: float = field(default=0.95, metadata={"help": "Lambda of the returns inside a turn."})
+    segment_length: int = field(default=8, metadata={"help": "Consecutive turns of an episode in one sample."})
+    off_policy_trace: str = field(
+        default="none", metadata={"help": "Off-policy trace on the lambdas.", "choices": list(TRACES)}
+    )
+
+    # Critic
+    critic_type: str = field(default="scalar", metadata={"help": "Kind of critic.", "choices": list(CRITIC_TYPES)})
+    num_critics: int = field(default=2, metadata={"help": "Heads of the critic's ensemble."})
+    critic_hidden_size: int = field(default=128, metadata={"help": "Hidden width of scalar heads; 0: linear."})
+    critic_rank: int = field(default=64, metadata={"help": "Inner size of the vocabulary-wide critic."})
+    critic_coef: float = field(default=1.0, metadata={"help": "Weight of the critic's loss; 0: no critic."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic's heads; default: `learning_rate`."}
+    )
+    value_expectile: float = field(default=0.8, metadata={"help": "Expectile of the scalar critic's V."})
+    conservative_coef: float = field(default=0.1, metadata={"help": "Weight of the vocab critic's conservative term."})
+    target_tau: float = field(default=0.01, metadata={"help": "Polyak step of the target heads, each update."})
+    target_aggregation: str = field(
+        default="mean", metadata={"help": "Over the ensemble, in targets.", "choices": ["mean", "min"]}
+    )
+    target_norm_rate: float = field(default=0.01, metadata={"help": "Step of the targets' running moments."})
+
+    # Filter
+    filter: str = field(default="binary", metadata={"help": "Token filter.", "choices": list(FILTERS)})
+    filter_threshold: float = field(default=0.0, metadata={"help": "Threshold of the binary filter."})
+    filter_temperature: float = field(default=0.3, metadata={"help": "Temperature of the exponential filter."})
+    filter_max_weight: float = field(default=20.0, metadata={"help": "Largest weight of the exponential filter."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "First updates that keep every token."})
+
+    # Evaluation
+    eval_episodes: int = field(default=200, metadata={"help": "Episodes that an evaluation plays."})
+    eval_num_envs: int = field(default=64, metadata={"help": "Environments played at once in an evaluation."})
+    eval_seed: int = field(default=1_000_000, metadata={"help": "Seed of an evaluation's first episode."})
+    eval_temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of evaluations; 0: greedy."})
+    max_completion_length: int = field(default=256, metadata={"help": "Longest response in tokens."})
+
+    # Defaults that differ from SFTConfig
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens; a longer row is an error. None: no limit."}
+    )
+    metric_for_best_model: str | None = field(
+        default="success_rate", metadata={"help": "Metric that names the best checkpoint."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gamma", "token_gamma", "turn_lambda", "token_lambda"):
+            self._require(0 <= getattr(self, name) <= 1, name, "must lie in [0, 1]")
+        for name in ("segment_length", "eval_episodes", "eval_num_envs", "max_completion_length"):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("critic_coef", "conservative_coef", "critic_warmup_steps", "eval_temperature"):
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("filter_temperature", "filter_max_weight"):
+            self._require(getattr(self, name) > 0, name, "must be positive")
+        for name in ("target_tau", "target_norm_rate"):
+            self._require(0 < getattr(self, name) <= 1, name, "must lie in (0, 1]")
+        self._require(0 < self.value_expectile < 1, "value_expectile", "must lie strictly between 0 and 1")
+        self._require(self.filter in FILTERS, "filter", f"must be one of {FILTERS}")
+        self._require(self.off_policy_trace in TRACES, "off_policy_trace", f"must be one of {TRACES}")
+        self._require(self.target_aggregation in ("mean", "min"), "target_aggregation", "must be 'mean' or 'min'")
+        self._require(
+            self.critic_learning_rate is None or self.critic_learning_rate > 0, "critic_learning_rate", "must be positive"
+        )
+        self.critic_config()  # Checks the critic's own fields.
+        if self.critic_coef == 0 and self.filter != "none":
+            raise ValueError(
+                f"`critic_coef=0` leaves the critic untrained, so `filter={self.filter!r}` would filter by noise. Set "
+                "`filter='none'` for plain SFT, or a positive `critic_coef`."
+            )
+        for name, value in (("packing", False), ("padding_free", False), ("assistant_only_loss", False)):
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}=True` is not supported: each row is one turn, whose completion is learned.")
+        if self.loss_type != "nll":
+            raise ValueError(f"`loss_type={self.loss_type!r}` is not supported; VLMQ filters the 'nll' loss.")
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` is not supported: the filter weighs each token's own nll.")
+
+    def _require(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise ValueError(f"`{name}={getattr(self, name)!r}`: it {what}.")
+
+    def critic_config(self) -> CriticConfig:
+        """Shape of the critic that this configuration asks for."""
+        return CriticConfig(
+            critic_type=self.critic_type,
+            num_critics=self.num_critics,
+            critic_hidden_size=self.critic_hidden_size,
+            critic_rank=self.critic_rank,
+        )

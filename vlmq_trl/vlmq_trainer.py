@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VLMQTrainer`: TRL's `SFTTrainer` with a critic that filters the SFT loss token by token (arXiv 2505.03181).
+
+Reads top to bottom: construction, data, the loss, what happens after each update, evaluation, logs, checkpoints.
+
+Axes: R turns of a batch, S segments, L tokens of a segment, A action tokens (row by row, in order), N critics.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from . import losses
+from .agent_format import AgentFormat
+from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
+from .metrics import EpisodeMetrics
+from .modeling import (
+    ADAPTER_CONFIG_NAME,
+    AutoModelForImageTextToTextWithValueHead,
+    ValueHeadOutput,
+    has_critic,
+    load_critic_config,
+    load_pretrained,
+)
+from .policy import ModelPolicy
+from .rollout import play_episodes
+from .trajectory import EpisodeIndex, validate_trajectories
+from .vlmq_config import VLMQConfig
+
+CONFIG_NAME = "vlmq_config.json"
+# Entropy, in nats, above which the policy is taken to be uncertain about a token.
+UNCERTAIN_ENTROPY = 0.1
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class VLMQTrainer(SFTTrainer):
+    """
+    Trainer for VLM Q-Learning: advantage-filtered SFT of a vision-language agent on trajectories, good or bad.
+
+    ```python
+    >>> from vlmq_trl import VLMQConfig, VLMQTrainer, collect_demonstrations
+
+    >>> dataset = collect_demonstrations("vlmq_trl/NumberLine-v0", policy="random", episodes=1000)
+    >>> trainer = VLMQTrainer(
+    ...     model="HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    ...     args=VLMQConfig(output_dir="out"),
+    ...     train_dataset=dataset,
+    ...     eval_env="vlmq_trl/NumberLine-v0",
+    ... )
+    >>> trainer.train()
+    >>> trainer.evaluate()
+    ```
+
+    Args:
+        model: a name or directory (whole model or PEFT adapter; a critic saved beside it is restored), a
+            `PreTrainedModel`, a `PeftModel`, or an `AutoModelForImageTextToTextWithValueHead`.
+        args: a `VLMQConfig`; default `VLMQConfig(f"{model}-VLMQ")`.
+        train_dataset: a trajectory dataset (`vlmq_trl.trajectory`), validated here.
+        eval_dataset: a trajectory dataset whose loss `evaluate` reports.
+        eval_env: a Gymnasium id or a factory, played by `evaluate`.
+        agent_format: how observations become messages and responses actions in `eval_env`; default the environment's.
+        processing_class, callbacks, optimizers, quantization_config, peft_config: as in `SFTTrainer`.
+
+    Raises:
+        TrajectoryError: the data does not follow the contract (names the row and the column).
+        ValueError: the critic saved beside the model does not match `args`.
+    """
+
+    _tag_names = ["trl", "vlmq"]
+    _name = "VLMQ"
+    _paper = {
+        "title": "VLM Q-Learning: Aligning Vision-Language Models for Interactive Decision-Making",
+        "id": "2505.03181",
+    }
+
+    model: AutoModelForImageTextToTextWithValueHead
+    args: VLMQConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | AutoModelForImageTextToTextWithValueHead,
+        args: VLMQConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_env: str | Callable[[], gymnasium.Env] | None = None,
+        agent_format: AgentFormat | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = VLMQConfig(f"{name.split('/')[-1]}-VLMQ")
+        elif not isinstance(args, VLMQConfig):
+            raise TypeError(f"`args` must be a `VLMQConfig`, got `{type(args).__name__}`.")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: a trajectory dataset, see `collect_demonstrations`.")
+        self._index = validate_trajectories(train_dataset)
+        self._eval_indices: dict[int, EpisodeIndex] = {}
+        for split in eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset]):
+            self._eval_indices[id(split)] = validate_trajectories(split)
+        self.eval_env, self.agent_format = eval_env, agent_format
+        if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
+            raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
+
+        model, restore_critic = self._open(model, args)
+        # `Trainer` wants an `eval_dataset` wherever there is an evaluation; an environment will do here.
+        eval_strategy, args.eval_strategy = args.eval_strategy, "no"
+        dataset_kwargs, args.dataset_kwargs = args.dataset_kwargs, {"skip_prepare_dataset": True}
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.eval_strategy, args.dataset_kwargs = eval_strategy, dataset_kwargs
+        self.data_collator = VLMQDataCollator(self.processing_class, args.max_length, args.pad_to_multiple_of)
+
+        # SFTTrainer has seeded torch, so that every process makes the same fresh critic.
+        self._wrap_with_critic(restore_critic)
+        self._target_sums = torch.zeros(3, device=args.device)
+        self._recorded: dict[str, list[Tensor]] = defaultdict(list)
+        self._last_log = (time.perf_counter(), 0)
+        self.add_callback(_AfterUpdate(self))
+
+    @staticmethod
+    def _open(model: Any, args: VLMQConfig) -> tuple[Any, Callable | None]:
+        """Opens what `SFTTrainer` does not know, and says how to restore the critic that comes with it."""
+        if isinstance(model, AutoModelForImageTextToTextWithValueHead):
+            critic = model.critic
+            return model.pretrained_model, lambda wrapped: wrapped.critic.load_state_dict(critic.state_dict())
+        if isinstance(model, str) and has_critic(model):
+            saved, wanted = load_critic_config(model), args.critic_config()
+            for name in ("critic_type", "num_critics", "critic_hidden_size", "critic_rank"):
+                if getattr(saved, name) != getattr(wanted, name):
+                    raise ValueError(
+                        f"{model} holds a critic with {name}={getattr(saved, name)!r}, `args` asks for "
+                        f"{getattr(wanted, name)!r}. Set it to the saved one's in `VLMQConfig`."
+                    )
+            opened = load_pretrained(model, is_trainable=True, dtype="float32") if _is_adapter(model) else model
+            return opened, lambda wrapped: wrapped.load_critic(model)
+        if isinstance(model, str) and _is_adapter(model):
+            return load_pretrained(model, is_trainable=True, dtype="float32"), None
+        return model, None
+
+    def _wrap_with_critic(self, restore: Callable | None) -> None:
+        wrapped = AutoModelForImageTextToTextWithValueHead(self.model, self.args.critic_config())
+        if restore is not None:
+            restore(wrapped)
+        else:
+            returns = self._index.returns_to_go(self.args.gamma)
+            wrapped.critic.initialize_moments(float(returns.mean()), float(returns.std()))
+        self.model = self.model_wrapped = self.callback_handler.model = wrapped
+
+    @property
+    def _with_critic(self) -> bool:
+        return self.args.critic_coef > 0
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `per_device_train_batch_size` turns; one epoch sees every turn once."""
+        return self._get_dataloader(
+            dataset=SegmentDataset(self.train_dataset, self._index, self.args.gamma, self._with_critic),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda dataset: self._segment_sampler(dataset, shuffle=True),
+            is_training=True,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if id(dataset) not in self._eval_indices:
+            self._eval_indices[id(dataset)] = validate_trajectories(dataset)
+        return self._get_dataloader(
+            dataset=SegmentDataset(dataset, self._eval_indices[id(dataset)], self.args.gamma, self._with_critic),
+            description="Evaluation",
+            batch_size=self.args.eval_batch_size,
+            sampler_fn=lambda dataset: self._segment_sampler(dataset, shuffle=False),
+        )
+
+    def _segment_sampler(self, dataset: SegmentDataset, shuffle: bool) -> SegmentSampler:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return SegmentSampler(dataset.index, self.args.segment_length, seed, shuffle)
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        # The collator takes what `SegmentDataset` gives; there is no unused column to remove.
+        return data_collator
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """sum_t f_t * (-log pi(a_t|s_t)) / action tokens + critic_coef * critic loss (design: `docs/algorithm.md`)."""
+        args, mode = self.args, "train" if self.model.training else "eval"
+        turns = {k: inputs[k] for k in inputs if k.startswith(("turn_", "segment_")) or k == "behavior_log_probs"}
+        model_inputs = {k: v for k, v in inputs.items() if k not in turns}
+        output: ValueHeadOutput = model(**model_inputs, with_critic=self._with_critic)
+
+        num_tokens = output.log_probs.numel() if num_items_in_batch is None else num_items_in_batch
+        num_tokens = torch.as_tensor(num_tokens, device=output.log_probs.device).clamp(min=1)
+        parts: dict[str, Tensor] = {}
+        weights = torch.ones_like(output.log_probs)
+        if self._with_critic:
+            parts, advantage = self._critic_losses(output, inputs["labels"], turns, mode)
+            if self.state.global_step >= args.critic_warmup_steps or mode == "eval":
+                weights = losses.filter_weights(
+                    advantage,
+                    args.filter,
+                    threshold=args.filter_threshold,
+                    temperature=args.filter_temperature,
+                    max_weight=args.filter_max_weight,
+                )
+        policy = losses.policy_loss(output.log_probs, weights, num_tokens)
+        critic = sum(parts.values(), torch.zeros_like(policy)) / num_tokens
+        loss = policy + args.critic_coef * critic if self._with_critic else policy
+        # As in SFTTrainer: `num_items_in_batch` counts every rank's tokens, and DDP averages the gradients.
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        self._record_losses(mode, output, weights, {k: v.detach() for k, v in parts.items()}, inputs)
+        return (loss, output) if return_outputs else loss
+
+    def _critic_losses(
+        self, output: ValueHeadOutput, labels: Tensor, turns: dict[str, Tensor], mode: str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Summed critic losses by name, and each action token's advantage [A] (both in normalised units)."""
+        args, critic = self.args, self.model.critic
+        mean, std = critic.target_mean, critic.target_std
+        target_q = losses.aggregate_ensemble(output.target_q_values, args.target_aggregation)
+        target_v = losses.aggregate_ensemble(output.target_state_values, args.target_aggregation)
+        bootstrap = losses.aggregate_ensemble(output.bootstrap_values, args.target_aggregation)
+
+        # Everything about the tokens' place in their turn and segment; [A] unless said otherwise.
+        turn_of_token = (labels[:, 1:] != -100).nonzero()[:, 0]
+        is_turn_end = torch.ones_like(turn_of_token, dtype=torch.bool)
+        is_turn_end[:-1] = turn_of_token[1:] != turn_of_token[:-1]
+        segment = turns["turn_segment"][turn_of_token]
+        is_segment_end = torch.ones_like(is_turn_end)
+        is_segment_end[:-1] = segment[1:] != segment[:-1]
+        terminal = is_turn_end & turns["turn_terminated"][turn_of_token]
+
+        values = losses.denormalize(target_v.float(), mean, std)
+        next_values = values.roll(-1)
+        source = turns["segment_bootstrap"][segment[is_segment_end]]  # [S], -1: terminal
+        padded = torch.cat([losses.denormalize(bootstrap.float(), mean, std), values.new_zeros(1)])
+        next_values[is_segment_end] = padded[source]
+
+        lambdas = torch.where(is_turn_end, args.turn_lambda, args.token_lambda)
+        trace = losses.trace_coefficients(output.log_probs, turns.get("behavior_log_probs"), args.off_policy_trace)
+        if trace is not None:
+            lambdas = lambdas * trace.roll(-1)
+        returns = _over_segments(
+            segment,
+            rewards=torch.where(is_turn_end, turns["turn_reward"][turn_of_token], 0.0),
+            next_values=next_values,
+            discounts=torch.where(is_turn_end, args.gamma, args.token_gamma).masked_fill(terminal, 0.0),
+            lambdas=lambdas,
+        )
+        targets = losses.normalize(returns, mean, std)
+
+        if args.critic_type == "scalar":
+            q_loss, value_loss = losses.scalar_critic_loss(
+                output.q_values, output.state_values, targets, target_q, args.value_expectile
+            )
+            parts = {"q": q_loss, "value": value_loss}
+            state_values = output.state_values.detach().mean(-1)
+        else:
+            q_loss, conservative = losses.vocab_critic_loss(output.q_values, output.q_log_probs, targets)
+            parts = {"q": q_loss, "conservative": args.conservative_coef * conservative}
+            state_values = target_v
+        advantage = losses.advantages(target_q, state_values)
+
+        if mode == "train":
+            self._target_sums += torch.stack([returns.sum(), returns.square().sum(), returns.new_tensor(len(returns))])
+        is_turn_start = is_turn_end.roll(1)
+        self._recorded["advantage"].append(advantage)
+        self._recorded["value"].append(losses.denormalize(state_values, mean, std)[is_turn_start])
+        self._recorded["return_to_go"].append(turns["turn_return_to_go"])
+        return parts, advantage
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Once an optimiser step: the target heads follow, then the targets' running moments."""
+        if not self._with_critic:
+            return
+        critic = self.model.critic
+        critic.update_target(self.args.target_tau)
+        sums = self.accelerator.reduce(self._target_sums, reduction="sum")
+        critic.update_moments(*sums, rate=self.args.target_norm_rate)
+        self._target_sums.zero_()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`SFTTrainer`'s optimiser, with the critic's heads at `critic_learning_rate` if that is set."""
+        existing = self.optimizer
+        optimizer = super().create_optimizer(model)
+        rate = self.args.critic_learning_rate
+        if existing is None and rate is not None:
+            heads = {id(p) for p in self.model.critic.online.parameters()}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in heads]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in heads]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        *,
+        episodes: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> dict[str, float]:
+        """Plays `eval_env`, and computes the loss on the evaluation dataset where there is one.
+
+        Args:
+            episodes, temperature, seed: default to `eval_episodes`, `eval_temperature`, `eval_seed`.
+
+        Returns:
+            With the prefix: `success_rate` and its 95 % Wilson interval `success_rate_low`, `success_rate_high`,
+            `mean_return`, `mean_turns`, `valid_rate`, `episodes`, ...; and what `SFTTrainer.evaluate` returns.
+        """
+        metrics: dict[str, float] = {}
+        if eval_dataset is not None or self.eval_dataset is not None:
+            metrics.update(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
+        if self.eval_env is None:
+            if not metrics:
+                raise ValueError("Nothing to evaluate: give the trainer an `eval_env` or an `eval_dataset`.")
+            return metrics
+        start = time.perf_counter()
+        played = self._play(
+            self.args.eval_episodes if episodes is None else episodes,
+            self.args.eval_temperature if temperature is None else temperature,
+            self.args.eval_seed if seed is None else seed,
+        )
+        played["runtime"] = time.perf_counter() - start
+        played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
+        self.log(dict(played))
+        metrics.update(played)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _play(self, episodes: int, temperature: float, seed: int) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        was_training, gradient_checkpointing = model.training, model.is_gradient_checkpointing
+        model.eval()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        policy = ModelPolicy(
+            model,
+            self.processing_class,
+            temperature=temperature,
+            max_completion_length=self.args.max_completion_length,
+            batch_size=self.args.eval_num_envs,
+        )
+        # Sampling here must not move the random state that training draws from.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        metric = EpisodeMetrics()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                for episode in play_episodes(
+                    self.eval_env,
+                    policy,
+                    episodes=episodes,
+                    seed=seed,
+                    agent_format=self.agent_format,
+                    num_envs=self.args.eval_num_envs,
+                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                ):
+                    metric.add(
+                        returns=episode.return_,
+                        turns=len(episode.turns),
+                        valid=episode.valid_rate,
+                    )
+        finally:
+            if gradient_checkpointing:
+                model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            model.train(was_training)
+        return metric.compute()
+
+    # ---- logs ----
+
+    def _record_losses(
+        self, mode: str, output: ValueHeadOutput, weights: Tensor, parts: dict[str, Tensor], inputs: dict[str, Any]
+    ) -> None:
+        """Scalars of one batch; `log` averages them over the batches between two logs."""
+        gather = self.accelerator.gather_for_metrics
+        uncertain = output.entropy > UNCERTAIN_ENTROPY
+        kept = weights > 0
+        nll = -output.log_probs.detach()
+        sums = {
+            "tokens": torch.ones_like(nll).sum(),
+            "entropy": output.entropy.sum(),
+            "top1": output.is_top1.float().sum(),
+            "nll": nll.sum(),
+            "policy": (weights * nll).sum(),
+            "kept": kept.float().sum(),
+            "uncertain": uncertain.float().sum(),
+            "kept_uncertain": (kept & uncertain).float().sum(),
+            "input": inputs["attention_mask"].sum().float(),
+            **{f"critic_{k}": v for k, v in parts.items()},
+        }
+        totals = gather(torch.stack(list(sums.values()))[None]).sum(0).tolist()
+        total = dict(zip(sums, totals, strict=True))
+        metrics, n = self._metrics[mode], max(total["tokens"], 1)
+        metrics["entropy"].append(total["entropy"] / n)
+        metrics["mean_token_accuracy"].append(total["top1"] / n)
+        metrics["nll"].append(total["nll"] / n)
+        metrics["policy_loss"].append(total["policy"] / n)
+        for name in parts:
+            metrics[f"{name}_loss"].append(total[f"critic_{name}"] / n)
+        metrics["kept_fraction"].append(total["kept"] / n)
+        if total["uncertain"]:
+            metrics["kept_fraction_uncertain"].append(total["kept_uncertain"] / total["uncertain"])
+            metrics["uncertain_fraction"].append(total["uncertain"] / n)
+        if mode == "train":
+            self._total_train_tokens += int(total["input"])
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what happened since the last log: tokens per second, advantages, values and their calibration."""
+        recorded = {name: torch.cat(parts).float().cpu() for name, parts in self._recorded.items()}
+        self._recorded.clear()
+        prefix = "" if self.model.training else "eval_"
+        if self.model.training and "loss" in logs:
+            now, tokens = time.perf_counter(), self._total_train_tokens
+            logs["tokens_per_second"] = (tokens - self._last_log[1]) / max(now - self._last_log[0], 1e-9)
+            self._last_log = (now, tokens)
+        if "advantage" in recorded:
+            critic = self.model.critic
+            logs[f"{prefix}target_mean"], logs[f"{prefix}target_std"] = critic.target_mean.item(), critic.target_std.item()
+            for name in ("advantage", "value"):
+                for q, x in zip(QUANTILES, _quantiles(recorded[name]), strict=True):
+                    logs[f"{prefix}{name}_q{round(100 * q):02d}"] = x
+            value, returns = recorded["value"].numpy(), recorded["return_to_go"].numpy()
+            logs[f"{prefix}value_bias"] = float((value - returns).mean())
+            logs[f"{prefix}value_error"] = float(np.abs(value - returns).mean())
+            if len(value) > 1 and value.std() > 0 and returns.std() > 0:
+                logs[f"{prefix}value_return_correlation"] = float(np.corrcoef(value, returns)[0, 1])
+            writer = self._tensorboard_writer()
+            if writer is not None:
+                for name in ("advantage", "value"):
+                    writer.add_histogram(f"{prefix or 'train_'}{name}", recorded[name], self.state.global_step)
+        super().log(logs, start_time)
+
+    def _tensorboard_writer(self) -> SummaryWriter | None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                return callback.tb_writer
+        return None
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A stock model or adapter, the critic beside it, the processor, and the configuration as JSON."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        # `to_json_string` hides the tokens.
+        (Path(output_dir) / CONFIG_NAME).write_text(self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restores adapter or weights, and the critic, strictly: a key that is missing or left over is an error."""
+        wrapped = self.accelerator.unwrap_model(self.model)
+        own = wrapped.pretrained_model
+        if isinstance(own, PeftModel):
+            result = set_peft_model_state_dict(
+                own, load_peft_weights(resume_from_checkpoint, device="cpu"), own.active_adapter
+            )
+            missing = [key for key in result.missing_keys if f".{own.active_adapter}." in key]
+            if missing or result.unexpected_keys:
+                raise ValueError(
+                    f"The adapter in {resume_from_checkpoint} does not fit: missing {missing[:3]}, unexpected "
+                    f"{list(result.unexpected_keys)[:3]}."
+                )
+        else:
+            # Families save under remapped names; only `from_pretrained` knows the way back.
+            saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype, use_safetensors=True)
+            own.load_state_dict(saved.state_dict(), strict=True)
+        wrapped.load_critic(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _AfterUpdate(TrainerCallback):
+    """Runs `VLMQTrainer.after_update` after each optimiser step."""
+
+    def __init__(self, trainer: VLMQTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.after_update()
+
+
+def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
+    """Token returns of packed tokens: [A] each, `segment` [A] non-decreasing -> [A], through the [S, L] layout."""
+    _, inverse, counts = segment.unique_consecutive(return_inverse=True, return_counts=True)
+    position = torch.arange(len(segment), device=segment.device) - (counts.cumsum(0) - counts)[inverse]
+    shape = (len(counts), int(counts.max()))
+    dense = {name: x.new_zeros(shape).index_put((inverse, position), x) for name, x in tokens.items()}
+    mask = torch.zeros(shape, dtype=torch.bool, device=segment.device)
+    mask[inverse, position] = True
+    return losses.token_returns(mask=mask, **dense)[inverse, position]
+
+
+def _quantiles(x: Tensor) -> list[float]:
+    return np.quantile(x.numpy(), QUANTILES).tolist()
+
+
+def _is_adapter(name: str) -> bool:
+    from transformers.utils import cached_file
+
+    return (
+        cached_file(
+            name,
+            ADAPTER_CONFIG_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        is not None
+    )
