@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random models of 1-2 M parameters, of every family that is shown working, built in-process with no download.
+
+Each builder gives `(model, processor)`; `BUILDERS` maps names to builders, `VLM_NAMES` lists those that see images.
+Byte-level BPE tokenizers of about 500 tokens; the chat template is ChatML without a newline after an assistant's turn,
+so that a completion ends with its end token `<|im_end|>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END = "<|im_end|>"
+PAD_ID, END_ID, START_ID = 0, 1, 2
+CORPUS = (
+    'what colour is the square? red green blue up down left right hit stand {"thoughts": "", "action": "+"} user '
+    "assistant system"
+)
+TEXT = {
+    "hidden_size": 160,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD_ID,
+    "eos_token_id": END_ID,
+    "bos_token_id": START_ID,
+}
+VISION = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def make_tokenizer(*special: str, **named: str) -> tf.PreTrainedTokenizerFast:
+    """A tokenizer with `special` tokens after pad (0), end (1) and start (2); `named` become its attributes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<pad>", END, "<|im_start|>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CORPUS] * 4, trainer)
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=END,
+        bos_token="<|im_start|>",
+        extra_special_tokens=named or None,
+    )
+
+
+def chat_template(image: str = "") -> str:
+    """ChatML; an image part becomes `image`."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for c in m.content %}{{ '" + image + "' if c.type == 'image' else c.text }}{% endfor %}{% endif %}"
+        "<|im_end|>{% if m.role != 'assistant' %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def idefics3() -> tuple[Any, Any]:
+    """4 image tokens."""
+    tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    images = tf.Idefics3ImageProcessorPil(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
+    )
+    processor = tf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=chat_template("<image>"))
+    config = tf.Idefics3Config(
+        vision_config=VISION,
+        text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+        pad_token_id=PAD_ID,
+    )
+    return tf.Idefics3ForConditionalGeneration(config), processor
+
+
+def llava() -> tuple[Any, Any]:
+    """SigLIP tower, 16 image tokens."""
+    tokenizer = make_tokenizer("<image>")
+    processor = tf.LlavaProcessor(
+        tf.SiglipImageProcessorPil(size={"height": 64, "width": 64}),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=chat_template("<image>"),
+    )
+    config = tf.LlavaConfig(
+        vision_config=dict(model_type="siglip_vision_model", vision_use_head=False, **VISION),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=16,
+        image_token_index=processor.image_token_id,
+        text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
+    )
+    return tf.LlavaForConditionalGeneration(config), processor
+
+
+class ImageOnlyQwen25VLProcessor(tf.Qwen2_5_VLProcessor):
+    """Without the video processor, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
+
+class ImageOnlyQwen3VLProcessor(tf.Qwen3VLProcessor):
+    """Without the video processor, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
+
+def _qwen_tokens() -> tuple[Any, dict[str, int]]:
+    tokenizer = make_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    return tokenizer, {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def qwen2_5_vl() -> tuple[Any, Any]:
+    """Between 4 and 16 image tokens, window attention in the first of two vision layers."""
+    tokenizer, ids = _qwen_tokens()
+    images = tf.Qwen2VLImageProcessorPil(
+        patch_size=14, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    )
+    processor = ImageOnlyQwen25VLProcessor(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    vision = {
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "patch_size": 14,
+        "out_hidden_size": TEXT["hidden_size"],
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 8, 8]}
+    text = dict(vocab_size=len(tokenizer), rope_parameters=rope, **TEXT)
+    config = tf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+    return tf.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl() -> tuple[Any, Any]:
+    """Between 4 and 12 image tokens, one deep-stack layer."""
+    tokenizer, ids = _qwen_tokens()
+    images = tf.Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 112 * 112}
+    )
+    processor = ImageOnlyQwen3VLProcessor(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    vision = {
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "patch_size": 16,
+        "out_hidden_size": TEXT["hidden_size"],
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 6, 6], "mrope_interleaved": True}
+    text = dict(vocab_size=len(tokenizer), head_dim=40, rope_parameters=rope, **TEXT)
+    config = tf.Qwen3VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+    return tf.Qwen3VLForConditionalGeneration(config), processor
+
+
+def gemma3() -> tuple[Any, Any]:
+    """4 image tokens, one sliding-window and one full layer."""
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = make_tokenizer(*named.values(), **named)
+    processor = tf.Gemma3Processor(
+        tf.Gemma3ImageProcessorPil(size={"height": 64, "width": 64}),
+        tokenizer,
+        image_seq_length=4,
+        chat_template=chat_template("<start_of_image>"),
+    )
+    config = tf.Gemma3Config(
+        vision_config=dict(model_type="siglip_vision_model", vision_use_head=False, **VISION),
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            head_dim=40,
+            query_pre_attn_scalar=40,
+            sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"],
+            **TEXT,
+        ),
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+    return tf.Gemma3ForConditionalGeneration(config), processor
+
+
+def _text_only(model_class: Any, config_class: Any, **kwargs: Any) -> tuple[Any, Any]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = chat_template()
+    return model_class(config_class(vocab_size=len(tokenizer), **TEXT, **kwargs)), tokenizer
+
+
+def llama() -> tuple[Any, Any]:
+    """Text only; the processor is a tokenizer."""
+    return _text_only(tf.LlamaForCausalLM, tf.LlamaConfig)
+
+
+def qwen3() -> tuple[Any, Any]:
+    """Text only, with tied embeddings; the processor is a tokenizer."""
+    return _text_only(tf.Qwen3ForCausalLM, tf.Qwen3Config, head_dim=40, tie_word_embeddings=True)
+
+
+BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "idefics3": idefics3,
+    "llava": llava,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "gemma3": gemma3,
+    "llama": llama,
+    "qwen3": qwen3,
+}
+VLM_NAMES = ("idefics3", "llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
+TEXT_NAMES = ("llama", "qwen3")
+
+
+def build(name: str, seed: int = 0) -> tuple[Any, Any]:
+    """`BUILDERS[name]()` with weights that depend on `seed` only; end and pad tokens set for generation."""
+    torch.manual_seed(seed)
+    model, processor = BUILDERS[name]()
+    model.generation_config.update(pad_token_id=PAD_ID, eos_token_id=END_ID, bos_token_id=START_ID)
+    return model, processor
