@@ -53,7 +53,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     return low, high
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Normal interval of a mean: mean ± z * s / sqrt(n), s with n - 1 degrees of freedom; NaN when n < 2."""
     array = np.asarray(values, dtype=np.float64)
     z = _z(confidence)

@@ -1005,12 +1005,10 @@ def concatenate_trajectories(parts: Sequence[datasets.Dataset]) -> datasets.Data
             )
     ids = [set(part.unique("episode_id")) for part in parts]
     if sum(map(len, ids)) != len(set().union(*ids)):
-        order = parts[0].column_names
         renamed = []
         for k, part in enumerate(parts):
             names = pa.array([f"{k}/{name}" for name in part["episode_id"]], type=pa.string())
-            part = part.remove_columns("episode_id").add_column("episode_id", names)
-            renamed.append(part.select_columns(order))
+            renamed.append(part.remove_columns("episode_id").add_column("episode_id", names))
         parts = renamed
     return datasets.concatenate_datasets(list(parts))
 
