@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import string
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -46,7 +46,7 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
     executed in its canonical spelling, or "".
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 2}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 2}
     task: str
     legal_actions: tuple[str, ...] | None = None
     reading_fields: tuple[str, ...] = ()

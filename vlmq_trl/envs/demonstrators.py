@@ -83,16 +83,17 @@ def make_demonstrator(env_id: str, policy: str, flaw_probability: float = 0.6) -
     drawn: WeakKeyDictionary[gymnasium.Env, int] = WeakKeyDictionary()
 
     def demonstrate(env: gymnasium.Env, rng: np.random.Generator) -> Decision:
+        if not isinstance(env.unwrapped, GAMES[env_id]):
+            raise TypeError(f"this demonstrator plays {env_id}, not {type(env.unwrapped).__name__}")
         game: Any = env.unwrapped
-        if not isinstance(game, GAMES[env_id]):
-            raise TypeError(f"this demonstrator plays {env_id}, not {type(game).__name__}")
         member = 0
         if len(members) > 1:
             if game.turns == 0 or game not in drawn:
                 drawn[game] = int(rng.choice(len(members), p=shares))
             member = drawn[game]
         if names[member] == "random":
-            action = game.legal_actions[int(rng.integers(len(game.legal_actions)))]
+            legal: tuple[str, ...] = game.legal_actions
+            action = legal[int(rng.integers(len(legal)))]
         elif names[member] == "flawed" and rng.random() < members[member][1]:
             action = mistaken_action(game)
         else:
@@ -195,7 +196,7 @@ def _dealer(total: int, soft: bool) -> tuple[float, ...]:
 
 @cache
 def blackjack_values(total: int, soft: bool, dealer: int) -> tuple[float, float]:
-    """Expected rewards of (stand, hit), play afterwards optimal; `total` at most 21, the dealer's open card 1 to 10."""
+    """Expected rewards of (stand, hit), play afterwards optimal. `total` <= 21, the dealer's open card in 1..10."""
     *finals, bust = _dealer(*_drawn(0, False, dealer))
     stand = bust + sum(p * ((total > final) - (total < final)) for final, p in zip(range(17, 22), finals, strict=True))
     hit = 0.0

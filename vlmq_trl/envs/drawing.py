@@ -41,16 +41,19 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _glyphs(text: str, size: int, max_width: int) -> Image.Image:
-    """The ink of `text` as a grey mask of mode "L", cropped to its bounding box and squeezed to `max_width` pixels."""
+    """The ink of `text` as a grey mask of mode "L", cropped to the ink and squeezed to `max_width` pixels."""
     left, top, right, bottom = _font(size).getbbox(text)
     mask = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))), 0)
     ImageDraw.Draw(mask).text((-left, -top), text, font=_font(size), fill=255)
+    mask = mask.crop(mask.getbbox())
     if mask.width > max_width:
         mask = mask.resize((max_width, mask.height), Image.Resampling.LANCZOS)
     return mask
 
 
-def _centred(image: Image.Image, text: str, box: tuple[int, int, int, int], size: int, colour: tuple[int, int, int]):
+def _centred(
+    image: Image.Image, text: str, box: tuple[int, int, int, int], size: int, colour: tuple[int, int, int]
+) -> None:
     """Draws `text` in the middle of `box` (left, top, right, bottom)."""
     left, top, right, bottom = box
     mask = _glyphs(text, size, right - left)

@@ -93,7 +93,7 @@ class PointsGame(TextActionEnv):
 
     A number appends if a card of that value is unused; otherwise it costs 1 and appends a blank. `=` gives 10 if every
     card is used and the formula equals `goal`, else -1. The turn that takes the formula past `max_entries` is
-    truncated with -1 (not -2 if its number was illegal as well). `reset(options={"cards": ["5", "7"]})` sets the cards.
+    truncated with -1 (not -2 if its number was illegal too). `reset(options={"cards": ["5", "7"]})` sets the cards.
 
     Attributes:
         cards: ranks in the order shown.
@@ -128,7 +128,10 @@ class PointsGame(TextActionEnv):
 
     @property
     def solvable(self) -> bool:
-        """Whether any formula of these cards equals the goal; about four fifths of the Points24 hands."""
+        """Whether any formula of these cards equals the goal.
+
+        EZPoints: always. Points24: 566 of the 715 hands, which are 73.1 % of the deals (tens are dealt most often).
+        """
         return solve(self.values, self.goal, operators=self.operators) is not None
 
     @property
