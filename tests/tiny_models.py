@@ -68,7 +68,7 @@ def chat_template(image: str = "") -> str:
     return (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for c in m.content %}{{ '" + image + "' if c.type == 'image' else c.text }}{% endfor %}{% endif %}"
-        "<|im_end|>{% if m.role != 'assistant' %}\n{% endif %}{% endfor %}"
+        "<|im_end|>{{ '' if m.role == 'assistant' else '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 

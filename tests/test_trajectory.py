@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory dataset: round trips, files, streams, the episode index, and training with a stock SFTTrainer."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny_models
+from vlmq_trl.rollout import collect_demonstrations
+from vlmq_trl.trajectory import (
+    FEATURES,
+    Episode,
+    TrajectoryError,
+    Turn,
+    concatenate_trajectories,
+    dataset_from_episodes,
+    episodes_from_dataset,
+    filter_top_returns,
+    flatten_content,
+    load_trajectories,
+    save_trajectories,
+    trajectory_features,
+    validate_trajectories,
+)
+
+
+def picture(value: int) -> np.ndarray:
+    return np.random.default_rng(value).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+
+
+def prompt(text: str = "Play.", images: int = 1) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}]
+
+
+def make_episode(name: str, rewards: list[float], truncated: bool = False, images: int = 1, **kwargs) -> Episode:
+    turns = tuple(
+        Turn(prompt(f"turn {k}", images), [picture(10 * k + i) for i in range(images)], f"answer {k}", reward, f"a{k}")
+        for k, reward in enumerate(rewards)
+    )
+    final = {"final_prompt": prompt("end", images), "final_images": [picture(99)] * images} if truncated else {}
+    return Episode(name, turns, not truncated, truncated, **final, **kwargs)
+
+
+def assert_equal_episodes(one: Episode, other: Episode) -> None:
+    def same_images(left, right):
+        return (left is None) == (right is None) and all(
+            np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(left or [], right or [], strict=True)
+        )
+
+    for name in ("episode_id", "terminated", "truncated", "final_prompt", "env_id", "seed"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert same_images(one.final_images, other.final_images)
+    assert len(one.turns) == len(other.turns)
+    for a, b in zip(one.turns, other.turns, strict=True):
+        assert (a.prompt, a.completion, a.reward, a.action, a.valid) == (
+            b.prompt,
+            b.completion,
+            b.reward,
+            b.action,
+            b.valid,
+        )
+        assert same_images(a.images, b.images)
+        assert (a.behavior_logprobs is None) == (b.behavior_logprobs is None)
+        assert a.behavior_logprobs is None or a.behavior_logprobs == pytest.approx(b.behavior_logprobs)
+
+
+EPISODES = [
+    make_episode("won", [0.0, 0.5, 1.0], env_id="env", seed=3),
+    make_episode("cut", [-1.0, 0.25], truncated=True),
+    make_episode("short", [-0.5]),
+    Episode(
+        "logprobs",
+        (Turn(prompt(images=2), [picture(1), picture(2)], "", 0.0, "", False, [-0.5, -0.25]),),
+        terminated=True,
+        truncated=True,
+        final_prompt=prompt("no picture", 0),
+        final_images=[],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def ds() -> datasets.Dataset:
+    return dataset_from_episodes(EPISODES)
+
+
+def test_schema(ds):
+    assert ds.features == FEATURES
+    assert ds[0]["completion"] == [{"role": "assistant", "content": "answer 0"}]
+    assert ds["turn"][:] == [0, 1, 2, 0, 1, 0, 0]
+    assert ds["terminated"][:] == [False, False, True, False, False, True, True]
+    assert ds["truncated"][:] == [False, False, False, False, True, False, True]
+
+
+def test_episodes_come_back(ds):
+    for one, other in zip(EPISODES, episodes_from_dataset(ds), strict=True):
+        assert_equal_episodes(one, other)
+    assert EPISODES[0].return_ == 1.5 and EPISODES[0].success
+    assert EPISODES[3].valid_rate == 0.0 and not EPISODES[3].success
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
+def test_images_are_lossless(mode):
+    image = Image.fromarray(picture(5)).convert(mode)
+    episode = Episode("e", (Turn(prompt(), [image], "a", 0.0),), True, False)
+    stored = dataset_from_episodes([episode])[0]["images"][0]
+    assert stored.mode == mode
+    assert np.array_equal(np.asarray(stored.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+def test_string_contents_show_their_images_first():
+    turn = Turn([{"role": "user", "content": "hello"}], [picture(1), picture(2)], "a", 0.0)
+    (back,) = episodes_from_dataset(dataset_from_episodes([Episode("e", (turn,), True, False)]))
+    assert back.turns[0].prompt == prompt("hello", images=2)
+
+
+def test_text_only_episodes_have_string_contents():
+    text = dataset_from_episodes([make_episode("t", [1.0], truncated=True, images=0)])
+    assert text.features == trajectory_features(with_images=False)
+    assert text[0]["prompt"] == [{"role": "user", "content": "turn 0"}]
+    assert text[0]["final_prompt"] == [{"role": "user", "content": "end"}]
+    validate_trajectories(text)
+    mixed = dataset_from_episodes([make_episode("t", [1.0], images=0)], with_images=True)
+    assert mixed.features == FEATURES and mixed[0]["images"] == []
+    with pytest.raises(TrajectoryError, match="row 1, column `prompt`: an image in a text-only dataset"):
+        dataset_from_episodes([make_episode("t", [1.0], images=0), make_episode("i", [1.0])])
+
+
+def test_flatten_content():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert flatten_content([{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]) == [
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "c"},
+    ]
+    with pytest.raises(TrajectoryError, match="text-only model"):
+        flatten_content(prompt())
+
+
+def test_building_is_disk_backed(tmp_path):
+    on_disk = []
+
+    def source():
+        for k in range(60):
+            yield make_episode(f"e{k}", [0.0] * 30, truncated=True)
+            on_disk.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+
+    ds = dataset_from_episodes(source(), cache_dir=tmp_path)
+    assert 0 < on_disk[40] < on_disk[-1]  # rows are written while episodes come
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".arrow"
+    assert ds.cache_files == [{"filename": str(file)}]
+    assert len(validate_trajectories(ds)) == 60
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path):
+    def source():
+        yield make_episode("fine", [0.0])
+        yield make_episode("bad", [float("nan")])
+
+    with pytest.raises(TrajectoryError):
+        dataset_from_episodes(source(), cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file_format", ["arrow", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_save_and_load(ds, tmp_path, file_format, streaming):
+    save_trajectories(ds, tmp_path / "data", file_format=file_format)
+    loaded = load_trajectories(tmp_path / "data", streaming=streaming)
+    assert isinstance(loaded, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert loaded.features == ds.features
+    if not streaming:
+        validate_trajectories(loaded, decode_images="all")
+    for one, other in zip(EPISODES, episodes_from_dataset(loaded), strict=True):
+        assert_equal_episodes(one, other)
+
+
+def test_files_that_are_not_there(ds, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a dataset saved by save_trajectories nor parquet"):
+        load_trajectories(tmp_path)
+    with pytest.raises(ValueError, match="'arrow' or 'parquet'"):
+        save_trajectories(ds, tmp_path, file_format="csv")
+
+
+def test_episode_index(ds):
+    index = validate_trajectories(ds, decode_images="all")
+    assert len(index) == 4 and index.num_rows == 7
+    assert index.episode_ids.tolist() == ["won", "cut", "short", "logprobs"]
+    assert index.first_row.tolist() == [0, 3, 5, 6]
+    assert index.length.tolist() == [3, 2, 1, 1]
+    assert index.last_row.tolist() == [2, 4, 5, 6]
+    assert index.returns.tolist() == [1.5, -0.75, -0.5, 0.0]
+    assert index.success.tolist() == [True, False, False, False]
+    assert index.row_episode.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert index.turn.tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert index.reward.tolist() == [0.0, 0.5, 1.0, -1.0, 0.25, -0.5, 0.0]
+    assert index.terminated.tolist() == ds["terminated"][:]
+    assert index.truncated.tolist() == ds["truncated"][:]
+
+
+def test_returns_to_go_by_hand(ds):
+    index = validate_trajectories(ds)
+    # 0 + 0.5 (0.5 + 0.5 * 1) = 0.5; 0.5 + 0.5 * 1 = 1; -1 + 0.5 * 0.25 = -0.875
+    assert index.returns_to_go(0.5).tolist() == [0.5, 1.0, 1.0, -0.875, 0.25, -0.5, 0.0]
+    assert index.returns_to_go(0.0).tolist() == index.reward.tolist()
+    assert index.returns_to_go(1.0)[index.first_row].tolist() == index.returns.tolist()
+
+
+def test_selections_validate_with_their_own_rows(ds):
+    chosen = ds.select([5, 0, 1, 2])  # an indices mapping
+    index = validate_trajectories(chosen, decode_images="all")
+    assert index.episode_ids.tolist() == ["short", "won"]
+    assert index.reward.tolist() == [-0.5, 0.0, 0.5, 1.0]
+    part = ds.select(range(3, 6))  # a slice of the table
+    assert validate_trajectories(part, decode_images="all").episode_ids.tolist() == ["cut", "short"]
+    with pytest.raises(TrajectoryError, match=r"row 1, column `turn`: turn 2 .* where turn 1 belongs"):
+        validate_trajectories(ds.select([0, 2, 1]))
+
+
+def test_datasets_made_with_other_tools_validate():
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "hello"}],
+            "completion": [{"role": "assistant", "content": "hi"}],
+            "episode_id": "e",
+            "turn": k,
+            "reward": k,
+            "terminated": k == 1,
+            "truncated": False,
+        }
+        for k in range(2)
+    ]
+    plain = datasets.Dataset.from_list(rows)
+    assert validate_trajectories(plain).returns.tolist() == [1.0]
+    assert [turn.completion for turn in next(episodes_from_dataset(plain)).turns] == ["hi", "hi"]
+
+
+def test_concatenate(ds):
+    both = concatenate_trajectories([ds, ds])
+    index = validate_trajectories(both, decode_images="all")
+    assert index.episode_ids.tolist()[3:5] == ["0/logprobs", "1/won"]
+    other = dataset_from_episodes([make_episode("other", [1.0])])
+    assert validate_trajectories(concatenate_trajectories([ds, other])).episode_ids.tolist()[-1] == "other"
+    again = concatenate_trajectories([both, other, both])
+    assert len(validate_trajectories(again)) == 17
+    text = dataset_from_episodes([make_episode("t", [1.0], images=0)])
+    with pytest.raises(
+        TrajectoryError, match=r"dataset 1 has other features .*only there: \['final_images', 'images'"
+    ):
+        concatenate_trajectories([ds, text])
+
+
+def test_filter_top_returns():
+    returns = [0.0, 3.0, 1.0, 1.0, 1.0, -1.0]
+    ds = dataset_from_episodes([make_episode(f"e{k}", [0.0, r]) for k, r in enumerate(returns)])
+    top = validate_trajectories(filter_top_returns(ds, 0.5))
+    assert len(top) == 3 and top.returns.tolist().count(3.0) == 1
+    assert top.num_rows == 6  # whole episodes
+    chosen = {tuple(validate_trajectories(filter_top_returns(ds, 0.5, seed=s)).episode_ids) for s in range(20)}
+    assert chosen == {("e1", "e2", "e3"), ("e1", "e2", "e4"), ("e1", "e3", "e4")}  # ties at the cut are drawn
+    assert len(validate_trajectories(filter_top_returns(ds, 0.01))) == 1
+    assert len(filter_top_returns(ds, 1.0)) == len(ds)
+    with pytest.raises(ValueError, match="fraction must lie in"):
+        filter_top_returns(ds, 0.0)
+
+
+def train(model, processor, ds, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = SFTConfig(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    trainer = SFTTrainer(model, args, train_dataset=ds, processing_class=processor)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(before[name], p)]
+    assert any("embed_tokens" in name for name in moved) and any("layers.1" in name for name in moved)
+    return trainer
+
+
+def test_stock_sft_trains_on_pictures(tmp_path):
+    ds = collect_demonstrations("vlmq_trl/NumberLine-v0", policy="random", episodes=3, progress=False)
+    model, processor = tiny_models.build("idefics3")
+    trainer = train(model, processor, ds, tmp_path)
+    batch = trainer.data_collator([dict(ds[0]), dict(ds[1])])
+    assert "pixel_values" in batch
+    learned = batch["input_ids"][0][batch["labels"][0] != -100]
+    completion = ds[0]["completion"][0]["content"]
+    assert processor.tokenizer.decode(learned) == completion + tiny_models.END
+
+
+def test_stock_sft_trains_on_text(tmp_path):
+    ds = dataset_from_episodes([make_episode(f"e{k}", [0.0, 1.0], images=0) for k in range(4)])
+    model, tokenizer = tiny_models.build("llama")
+    trainer = train(model, tokenizer, ds, tmp_path)
+    row = trainer.train_dataset[0]
+    assert tokenizer.decode(row["input_ids"]).endswith("turn 0<|im_end|>\n<|im_start|>assistant\nanswer 0<|im_end|>")
