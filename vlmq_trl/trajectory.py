@@ -275,7 +275,7 @@ class _PngCache:
             shape: tuple = (pil.mode, pil.size)
         else:
             array = np.asarray(image)
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (3, 4) or 0 in array.shape:
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
                 fail(
                     f"expected a PIL image or a uint8 array [H, W, 3], got {array.dtype} of shape {list(array.shape)}."
                 )
