@@ -281,7 +281,7 @@ class _PngCache:
                 )
             raw, shape, pil = np.ascontiguousarray(array), array.shape, None
         if raw is not None:
-            key = (shape, hashlib.blake2b(raw, digest_size=16).digest())
+            key = (shape, hashlib.sha256(raw).digest())
             if key in self.store:
                 return self.store[key]
         pil = PIL.Image.fromarray(raw) if pil is None else pil
@@ -719,7 +719,7 @@ def _check_decoding(ds: datasets.Dataset, column: str, rows: Sequence[int], know
     undecoded = ds.select_columns([column]).with_format("arrow")
     for row in rows:
         for k, image in enumerate(undecoded[int(row)].column(column)[0].as_py() or []):
-            digest = hashlib.blake2b(image["bytes"], digest_size=16).digest() if image["bytes"] is not None else None
+            digest = hashlib.sha256(image["bytes"]).digest() if image["bytes"] is not None else None
             if digest in known:
                 continue
             try:
