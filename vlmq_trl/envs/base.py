@@ -100,7 +100,7 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
         """The native action that a string names; None if it is not legal. Total; ignores case and outer space."""
         if not isinstance(action, str) or self.legal_actions is None:
             return None
-        action = action[: 4 * MAX_ACTION_LENGTH].strip().lower()
+        action = action.strip().lower()
         return action if action in self.legal_actions else None
 
     # Gymnasium's interface.

@@ -28,14 +28,14 @@ MAX_DIGITS = 18
 class _State(NamedTuple):
     """Where the machine stands. `pending` is "*" or "/" while an operand for `t` is awaited, "" after one."""
 
-    outer: tuple[tuple[Fraction, Fraction, str], ...]  # (s, t, pending) of each bracket that is still open around
+    outer: _State | None  # the state before the innermost open bracket
     s: Fraction
     t: Fraction
     pending: str
 
 
 _ZERO, _ONE = Fraction(0), Fraction(1)
-_START = _State((), _ZERO, _ONE, "*")
+_START = _State(None, _ZERO, _ONE, "*")
 
 
 def _operand(state: _State, value: Fraction) -> _State | None:
@@ -49,7 +49,7 @@ def _advance(state: _State, entry: str) -> _State | None:
     outer, s, t, pending = state
     if pending:
         if entry == "(":
-            return _State((*outer, (s, t, pending)), _ZERO, _ONE, "*")
+            return _State(state, _ZERO, _ONE, "*")
         if entry.isascii() and entry.isdigit() and len(entry) <= MAX_DIGITS:
             return _operand(state, Fraction(int(entry)))
         return None
@@ -59,8 +59,8 @@ def _advance(state: _State, entry: str) -> _State | None:
         return _State(outer, s + t, -_ONE, "*")
     if entry in ("*", "/"):
         return _State(outer, s, t, entry)
-    if entry == ")" and outer:
-        return _operand(_State(outer[:-1], *outer[-1]), s + t)
+    if entry == ")" and outer is not None:
+        return _operand(outer, s + t)
     return None
 
 
@@ -75,12 +75,12 @@ def _run(entries: Sequence[str]) -> _State | None:
 
 
 def evaluate_formula(entries: Sequence[str]) -> Fraction | None:
-    """The exact value of a formula, or None if it is empty, malformed or divides by zero. Total; linear time.
+    """The exact value of a formula, or None if it is empty, malformed or divides by zero. Total; does not recurse.
 
     Signs, powers and two numbers side by side are malformed. `entries` has no "=".
     """
     state = _run(entries)
-    return None if state is None or state.pending or state.outer else state.s + state.t
+    return None if state is None or state.pending or state.outer is not None else state.s + state.t
 
 
 # Search. What is still to come splits into operands and tails. A tail, such as "*3-(5+1)", takes a frame (s, t) to the
@@ -177,7 +177,7 @@ def _complete(state: _State, left: Cards, target: Fraction, operators: tuple[str
                     starts.append((after, operand, rest))
     else:
         starts = [(state, (), left)]
-    if not state.outer:
+    if state.outer is None:
         by_rest: dict[Cards, list[tuple[_State, Codes]]] = {}
         for after, operand, rest in starts:
             by_rest.setdefault(rest, []).append((after, operand))
@@ -195,7 +195,7 @@ def _complete(state: _State, left: Cards, target: Fraction, operators: tuple[str
     for after, operand, remaining in starts:
         for taken, rest in _splits(remaining):
             for (m, r), tail in _tails(taken, operators).items():
-                closed = _operand(_State(after.outer[:-1], *after.outer[-1]), after.s + after.t * m + r)
+                closed = _operand(state.outer, after.s + after.t * m + r)
                 end = None if closed is None else _complete(closed, rest, target, operators)
                 if end is not None and _better(operand + tail + _CLOSE + end, best):
                     best = operand + tail + _CLOSE + end
