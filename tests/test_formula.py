@@ -138,6 +138,23 @@ def test_every_hand_of_points24():
             assert len(answer) <= 12
 
 
+def test_brackets_only_where_needed_and_the_first_formula_among_equals():
+    """Where bracket-free formulas exist, the answer is the first of them in the stated order."""
+    order = [*map(str, range(1, 11)), *formula.OPERATORS].index
+    for hand in random.Random(1).sample(HANDS, 60):
+        plain = []
+        for numbers in set(itertools.permutations(map(str, hand))):
+            for a, b, c in itertools.product("+-*/", repeat=3):
+                entries = [numbers[0], a, numbers[1], b, numbers[2], c, numbers[3]]
+                if evaluate_formula(entries) == 24:
+                    plain.append(entries)
+        answer = solve(hand, 24)
+        if plain:
+            assert answer == [*min(plain, key=lambda entries: [order(entry) for entry in entries]), "="]
+        elif answer is not None:
+            assert "(" in answer
+
+
 def test_share_of_deals_that_are_solvable():
     """J, Q and K count as 10, which is therefore dealt four times as often: 73.1 % of the deals."""
     dealt = [min(rank, 10) for rank in range(1, 14)]
