@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
-from .trajectory import EpisodeIndex
+from .trajectory import EpisodeIndex, flatten_content
 
 TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
 
@@ -188,7 +188,7 @@ class VLMQDataCollator:
         if completion is not None:
             example["completion"] = prepare_multimodal_messages(completion)
         if not isinstance(self.processing_class, ProcessorMixin):
-            example = {k: [_text_only(message) for message in v] for k, v in example.items()}
+            example = {k: flatten_content(messages) for k, messages in example.items()}
         return {"completion": "", **apply_chat_template(example, self.processing_class), "images": images}
 
     def _tokenize(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -235,10 +235,3 @@ class VLMQDataCollator:
             packed += recorded + [math.nan] * (count - len(recorded))
         return torch.tensor(packed, dtype=torch.float32)
 
-
-def _text_only(message: dict[str, Any]) -> dict[str, Any]:
-    """Structured content -> one string, the form that text-only chat templates expect."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content)
-    return {**message, "content": content}

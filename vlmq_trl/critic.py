@@ -23,8 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .losses import update_moments
-
 CRITIC_TYPES = ("scalar", "vocab")
 
 
@@ -134,7 +132,7 @@ class Critic(nn.Module):
     Attributes:
         online: heads that are trained.
         target: their Polyak-averaged copy; never receives gradients.
-        target_mean, target_second_moment: float64-safe running moments of the token returns, in reward units.
+        target_mean, target_second_moment: running moments of the token returns, in reward units.
     """
 
     MIN_STD = 1e-4
@@ -176,11 +174,16 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def update_moments(self, batch_sum: Tensor, batch_square_sum: Tensor, batch_count: Tensor, rate: float) -> None:
-        """Moves the running moments by `rate` towards a batch's targets (see `losses.update_moments`)."""
+        """Moves the running moments by `rate` in (0, 1] towards those of a batch of targets; an empty one moves nothing.
+
+        Args:
+            batch_sum, batch_square_sum, batch_count: scalars over the batch's targets, in reward units.
+        """
+        count = batch_count.clamp(min=1)
+        rate_t = torch.where(batch_count > 0, rate, 0.0)
         self.set_moments(
-            *update_moments(
-                self.target_mean, self.target_second_moment, batch_sum, batch_square_sum, batch_count, rate
-            )
+            self.target_mean + rate_t * (batch_sum / count - self.target_mean),
+            self.target_second_moment + rate_t * (batch_square_sum / count - self.target_second_moment),
         )
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 """The mathematics of VLM Q-Learning (arXiv 2505.03181) as pure functions: tensors in, tensors out.
 
 Returns     `token_returns`, `trace_coefficients`
-Critic      `scalar_critic_loss`, `vocab_critic_loss`, `expectile_loss`, `normalize`, `denormalize`, `update_moments`
+Critic      `scalar_critic_loss`, `vocab_critic_loss`, `expectile_loss`, `aggregate_ensemble`, `normalize`, `denormalize`
 Policy      `advantages`, `filter_weights`, `policy_loss`
 
 Axes: S segments, L tokens of a segment (its turns one after the other), A action tokens of a batch, N critics of the
@@ -201,20 +201,3 @@ def normalize(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def denormalize(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """values * std + mean: from the critic heads' unit to that of the rewards."""
     return values * std + mean
-
-
-def update_moments(
-    mean: Tensor, second_moment: Tensor, batch_sum: Tensor, batch_square_sum: Tensor, batch_count: Tensor, rate: float
-) -> tuple[Tensor, Tensor]:
-    """Exponential running first and second moments of the targets, moved by `rate` in (0, 1] towards the batch's.
-
-    Args:
-        mean, second_moment: scalars E[G], E[G^2] so far.
-        batch_sum, batch_square_sum, batch_count: scalars over the batch's tokens; a count of 0 changes nothing.
-
-    Returns:
-        (mean, second_moment), new scalars.
-    """
-    count = batch_count.clamp(min=1)
-    rate_t = torch.where(batch_count > 0, rate, 0.0)
-    return mean + rate_t * (batch_sum / count - mean), second_moment + rate_t * (batch_square_sum / count - second_moment)

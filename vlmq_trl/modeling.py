@@ -332,7 +332,7 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
     """A whole model, or a PEFT adapter on its base model, by what `name` holds. Weights are safetensors only."""
     hub_kwargs = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
     kwargs["use_safetensors"] = True
-    if _find(name, ADAPTER_CONFIG_NAME, **hub_kwargs):
+    if has_adapter(name, **hub_kwargs):
         from peft import PeftConfig, PeftModel
 
         peft_config = PeftConfig.from_pretrained(name, **hub_kwargs)
@@ -351,6 +351,11 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
 def has_critic(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
     """Whether a directory or Hub repository holds a critic beside its model."""
     return _find(name, CRITIC_CONFIG_NAME, **hub_kwargs) is not None
+
+
+def has_adapter(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
+    """Whether a directory or Hub repository holds a PEFT adapter."""
+    return _find(name, ADAPTER_CONFIG_NAME, **hub_kwargs) is not None
 
 
 def load_critic_config(name: str | os.PathLike, **hub_kwargs: Any) -> CriticConfig:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as a policy: requests answered by one batched `generate`."""
+"""A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
+
+Contents: `stop_token_ids`, `ModelPolicy`, `evaluate_model`.
+"""
 
 from typing import Any
 
@@ -8,7 +11,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from .rollout import Request, Response
+from .agent_format import AgentFormat
+from .rollout import EnvSpec, Request, Response, episode_metrics, play_episodes
+from .trajectory import flatten_content
 
 
 def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
@@ -85,7 +90,7 @@ class ModelPolicy:
     def _render(self, request: Request) -> tuple[str, list[np.ndarray]]:
         prompt = prepare_multimodal_messages(request.prompt, images=list(request.images))
         if not isinstance(self.processing_class, ProcessorMixin):
-            prompt = [{**m, "content": "".join(part.get("text") or "" for part in m["content"])} for m in prompt]
+            prompt = flatten_content(prompt)
         return apply_chat_template({"prompt": prompt}, self.processing_class)["prompt"], list(request.images)
 
     def _generate_all(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[str]:
@@ -109,3 +114,58 @@ class ModelPolicy:
         ).to(self.model.device)
         tokens = self.model.generate(**inputs, generation_config=self.generation_config)
         return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def evaluate_model(
+    model: Any,
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    env: EnvSpec,
+    *,
+    episodes: int = 200,
+    seed: int = 1_000_000,
+    temperature: float = 0.0,
+    num_envs: int = 64,
+    max_completion_length: int = 256,
+    agent_format: AgentFormat | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Plays episodes with a model and measures them (`metrics.EpisodeMetrics`).
+
+    The model is put into evaluation mode and back; torch's random state is left as it was, so that evaluating more or
+    less often does not change a training run.
+
+    Args:
+        model: anything with `generate`.
+        env, episodes, seed, num_envs, agent_format, progress: as `rollout.play_episodes`.
+        temperature, max_completion_length: as `ModelPolicy`.
+    """
+    policy = ModelPolicy(
+        model,
+        processing_class,
+        temperature=temperature,
+        max_completion_length=max_completion_length,
+        batch_size=num_envs,
+    )
+    was_training, checkpointing = model.training, model.is_gradient_checkpointing
+    model.eval()
+    if checkpointing:  # it would switch the cache off
+        model.gradient_checkpointing_disable()
+    device = torch.device(model.device)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return episode_metrics(
+                play_episodes(
+                    env,
+                    policy,
+                    episodes=episodes,
+                    seed=seed,
+                    agent_format=agent_format,
+                    num_envs=num_envs,
+                    progress=progress,
+                )
+            )
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train(was_training)

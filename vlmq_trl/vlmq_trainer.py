@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from datasets import Dataset
@@ -28,17 +27,16 @@ from trl.trainer.utils import get_config_model_id
 from . import losses
 from .agent_format import AgentFormat
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
-from .metrics import EpisodeMetrics
 from .modeling import (
-    ADAPTER_CONFIG_NAME,
     AutoModelForImageTextToTextWithValueHead,
     ValueHeadOutput,
+    has_adapter,
     has_critic,
     load_critic_config,
     load_pretrained,
 )
-from .policy import ModelPolicy
-from .rollout import play_episodes
+from .policy import evaluate_model
+from .rollout import EnvSpec
 from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
@@ -97,7 +95,7 @@ class VLMQTrainer(SFTTrainer):
         args: VLMQConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        eval_env: str | Callable[[], gymnasium.Env] | None = None,
+        eval_env: EnvSpec | None = None,
         agent_format: AgentFormat | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -161,9 +159,9 @@ class VLMQTrainer(SFTTrainer):
                         f"{model} holds a critic with {name}={getattr(saved, name)!r}, `args` asks for "
                         f"{getattr(wanted, name)!r}. Set it to the saved one's in `VLMQConfig`."
                     )
-            opened = load_pretrained(model, is_trainable=True, dtype="float32") if _is_adapter(model) else model
+            opened = load_pretrained(model, is_trainable=True, dtype="float32") if has_adapter(model) else model
             return opened, lambda wrapped: wrapped.load_critic(model)
-        if isinstance(model, str) and _is_adapter(model):
+        if isinstance(model, str) and has_adapter(model):
             return load_pretrained(model, is_trainable=True, dtype="float32"), None
         return model, None
 
@@ -363,10 +361,17 @@ class VLMQTrainer(SFTTrainer):
                 raise ValueError("Nothing to evaluate: give the trainer an `eval_env` or an `eval_dataset`.")
             return metrics
         start = time.perf_counter()
-        played = self._play(
-            self.args.eval_episodes if episodes is None else episodes,
-            self.args.eval_temperature if temperature is None else temperature,
-            self.args.eval_seed if seed is None else seed,
+        played = evaluate_model(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.eval_env,
+            episodes=self.args.eval_episodes if episodes is None else episodes,
+            temperature=self.args.eval_temperature if temperature is None else temperature,
+            seed=self.args.eval_seed if seed is None else seed,
+            num_envs=self.args.eval_num_envs,
+            max_completion_length=self.args.max_completion_length,
+            agent_format=self.agent_format,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         played["runtime"] = time.perf_counter() - start
         played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
@@ -374,45 +379,6 @@ class VLMQTrainer(SFTTrainer):
         metrics.update(played)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _play(self, episodes: int, temperature: float, seed: int) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
-        was_training, gradient_checkpointing = model.training, model.is_gradient_checkpointing
-        model.eval()
-        if gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        policy = ModelPolicy(
-            model,
-            self.processing_class,
-            temperature=temperature,
-            max_completion_length=self.args.max_completion_length,
-            batch_size=self.args.eval_num_envs,
-        )
-        # Sampling here must not move the random state that training draws from.
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        metric = EpisodeMetrics()
-        try:
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                for episode in play_episodes(
-                    self.eval_env,
-                    policy,
-                    episodes=episodes,
-                    seed=seed,
-                    agent_format=self.agent_format,
-                    num_envs=self.args.eval_num_envs,
-                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                ):
-                    metric.add(
-                        returns=episode.return_,
-                        turns=len(episode.turns),
-                        valid=episode.valid_rate,
-                    )
-        finally:
-            if gradient_checkpointing:
-                model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-            model.train(was_training)
-        return metric.compute()
 
     # ---- logs ----
 
@@ -545,16 +511,3 @@ def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
 def _quantiles(x: Tensor) -> list[float]:
     return np.quantile(x.numpy(), QUANTILES).tolist()
 
-
-def _is_adapter(name: str) -> bool:
-    from transformers.utils import cached_file
-
-    return (
-        cached_file(
-            name,
-            ADAPTER_CONFIG_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        is not None
-    )

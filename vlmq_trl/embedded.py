@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded default: a VLM of about 3 M parameters, built in-process and taught to read Gym Cards, not to act.
+
+`load_embedded_model()` gives the directory of a stock Idefics3 checkpoint. The first call builds it (minutes on two
+cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
+full response up to its action (`... "action": "`): the state read aloud and the neutral thoughts that follow from it,
+in states that uniformly mixed expert and random play visits. No action is ever in a loss. The reading is verified on
+fresh states before the model is used, and the result is cached.
+
+What was left out: any download, any other task than reading these four games.
+
+Axes: B rows, T tokens.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    PreTrainedTokenizerFast,
+)
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+
+from .agent_format import default_format
+from .envs.demonstrators import make_demonstrator
+
+GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
+IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<end_of_turn>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class ReadingError(RuntimeError):
+    """The freshly built model does not read its pictures well enough to be used."""
+
+
+@dataclass(frozen=True)
+class EmbeddedRecipe:
+    """Everything that decides the embedded model; its hash names the cache entry.
+
+    Args:
+        games: that it is taught to read, of `GAMES`.
+        seed: of the weights, of the training states and of their order.
+        steps: optimiser steps of the reading lessons.
+        batch_size: rows a step, shared by the games.
+        learning_rate: peak of a one-cycle cosine schedule.
+        states: distinct-episode training states of each game.
+        required_accuracy: share of fresh states of each game whose whole reading must be right.
+    """
+
+    games: tuple[str, ...] = GAMES
+    seed: int = 0
+    steps: int = 900
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    states: int = 3000
+    required_accuracy: float = 0.97
+    image_size: int = 128
+    patch_size: int = 16
+    scale_factor: int = 2
+    vision_hidden_size: int = 128
+    vision_layers: int = 4
+    hidden_size: int = 192
+    layers: int = 3
+    vocab_size: int = 512
+    version: int = 1
+
+
+def load_embedded_model(
+    recipe: EmbeddedRecipe | None = None, cache_dir: str | os.PathLike | None = None, progress: bool = True
+) -> str:
+    """Directory of the embedded model, built on first use.
+
+    Args:
+        recipe: how to build it.
+        cache_dir: default `$VLMQ_TRL_CACHE`, else `~/.cache/vlmq_trl`.
+
+    Raises:
+        ReadingError: the reading did not reach `recipe.required_accuracy`; nothing is cached then.
+    """
+    recipe = recipe or EmbeddedRecipe()
+    root = Path(cache_dir or os.environ.get("VLMQ_TRL_CACHE") or Path.home() / ".cache" / "vlmq_trl")
+    key = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    path = root / f"embedded-{key}"
+    if (path / "model.safetensors").is_file():
+        return str(path)
+    root.mkdir(parents=True, exist_ok=True)
+    model, processor, accuracy = build_embedded_model(recipe, progress)
+    # Written aside and renamed, so that a build cut short leaves no half model behind.
+    with tempfile.TemporaryDirectory(dir=root) as work:
+        built = Path(work) / "model"
+        model.save_pretrained(built)
+        processor.save_pretrained(built)
+        (built / "reading.json").write_text(
+            json.dumps({"recipe": asdict(recipe), "reading_accuracy": accuracy}, indent=2) + "\n"
+        )
+        try:
+            built.rename(path)
+        except OSError:  # another process was faster
+            if not (path / "model.safetensors").is_file():
+                shutil.rmtree(path, ignore_errors=True)
+                shutil.move(str(built), str(path))
+    return str(path)
+
+
+def build_embedded_model(
+    recipe: EmbeddedRecipe, progress: bool = True
+) -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor, dict[str, float]]:
+    """Builds, teaches and verifies; returns the model, its processor, and the reading accuracy by game."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(recipe.seed)
+        processor = build_processor(recipe)
+        model = build_model(recipe, processor)
+        model.to("cuda" if devices else "cpu")
+        lessons = [_Lesson.collect(game, recipe.states, recipe.seed + 1, processor, progress) for game in recipe.games]
+        _teach(model, lessons, recipe, progress)
+        # Seeds that the lessons never saw.
+        exams = [_Lesson.collect(game, 300, recipe.seed + 1_000_003, processor, progress=False) for game in recipe.games]
+        accuracy = {game: _reading_accuracy(model, exam) for game, exam in zip(recipe.games, exams, strict=True)}
+    poor = {game: a for game, a in accuracy.items() if a < recipe.required_accuracy}
+    if poor:
+        raise ReadingError(
+            f"The embedded model reads {poor} of fresh states right, {recipe.required_accuracy} is required: raise "
+            "`EmbeddedRecipe.steps`, or choose another seed."
+        )
+    return model.cpu(), processor, accuracy
+
+
+def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
+    """Image processor and own tokenizer: numbers, ranks and operators are tokens of their own, set phrases merge."""
+    tokenizer = Tokenizer(models.BPE())
+    values = Regex(r"\b10\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|\bsoft\b|\bhard\b|[\[\],]")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(values, "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    roles = ["<system>", "<user>", "<assistant>"]
+    special = ["<pad>", END_TOKEN, "<begin>", IMAGE_TOKEN, "<fake_token_around_image>", "<global-img>", *roles]
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=END_TOKEN,
+        bos_token="<begin>",
+        additional_special_tokens=special[3:],
+    )
+    size = {"longest_edge": recipe.image_size}
+    image_processor = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    tokens = (recipe.image_size // recipe.patch_size // recipe.scale_factor) ** 2
+    return Idefics3Processor(image_processor, fast, image_seq_len=tokens, chat_template=CHAT_TEMPLATE)
+
+
+def build_model(recipe: EmbeddedRecipe, processor: Idefics3Processor) -> Idefics3ForConditionalGeneration:
+    """Idefics3 with fresh weights from torch's random state."""
+    tokenizer = processor.tokenizer
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    vision = {
+        "hidden_size": recipe.vision_hidden_size,
+        "intermediate_size": 4 * recipe.vision_hidden_size,
+        "num_hidden_layers": recipe.vision_layers,
+        "num_attention_heads": 4,
+        "image_size": recipe.image_size,
+        "patch_size": recipe.patch_size,
+    }
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": 8 * recipe.hidden_size // 3,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        **ids,
+    }
+    config = Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        scale_factor=recipe.scale_factor,
+        image_token_id=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def _corpus() -> list[str]:
+    """Prompts and responses of every game and format, for the tokenizer."""
+    texts = []
+    for game in GAMES:
+        for row in _states(game, 64, seed=0):
+            texts += [row["prompt"], row["reading"], f'{row["reading"]}+"}}']
+    return texts
+
+
+def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """States that a mixture of expert and random play visits: `prompt`, `messages`, `image`, `reading` (up to the action)."""
+    env_id = f"vlmq_trl/{game}-v0"
+    env = gymnasium.make(env_id).unwrapped
+    agent_format = default_format(env)
+    demonstrators = [make_demonstrator(env_id, policy) for policy in ("expert", "random")]
+    rng = np.random.default_rng((seed, GAMES.index(game)))
+    rows: list[dict[str, Any]] = []
+    episode = 0
+    while len(rows) < count:
+        observation, _ = env.reset(seed=int(rng.integers(2**31)))
+        demonstrator = demonstrators[episode % 2]
+        done, episode = False, episode + 1
+        while not done:
+            decision = demonstrator(env, rng)
+            messages, _ = agent_format.build_prompt(env.task, observation)
+            response = agent_format.render("@", decision.reading, decision.thoughts)
+            reading, _, _ = response.rpartition("@")
+            prompt = "".join(part.get("text") or "" for message in messages for part in message["content"])
+            rows.append({"prompt": prompt, "messages": messages, "image": observation["image"], "reading": reading})
+            observation, _, terminated, truncated, _ = env.step(decision.action)
+            # Random play of the points games seldom says `=`; short of it, long formulas crowd out the rest.
+            done = terminated or truncated
+    return [rows[i] for i in rng.permutation(len(rows))[:count]]
+
+
+@dataclass
+class _Lesson:
+    """One game's states as tensors: `prompt_ids` is one row for all, `reading_ids` B lists, `pixels` [B, 3, H, W] uint8."""
+
+    game: str
+    prompt_ids: list[int]
+    reading_ids: list[list[int]]
+    pixels: torch.Tensor
+    pad_token_id: int
+
+    @classmethod
+    def collect(cls, game: str, count: int, seed: int, processor: Idefics3Processor, progress: bool) -> "_Lesson":
+        rows = _states(game, count, seed)
+        pixels, known = [], {}
+        bar = tqdm(rows, desc=f"Reading lessons: {game}", unit="state", disable=not progress, leave=False)
+        for row in bar:
+            key = row["image"].tobytes()
+            if key not in known:
+                values = processor.image_processor([[row["image"]]], return_tensors="pt")["pixel_values"][0, 0]
+                # Normalised with mean and standard deviation 0.5: back to bytes, exactly.
+                known[key] = ((values + 1) * 127.5).round().to(torch.uint8)
+            pixels.append(known[key])
+        prompt = prepare_multimodal_messages(rows[0]["messages"], images=[rows[0]["image"]])
+        text = apply_chat_template({"prompt": prompt}, processor)["prompt"]
+        prompt_ids = processor(text=[text], images=[[rows[0]["image"]]])["input_ids"][0]
+        readings = [processor.tokenizer(row["reading"], add_special_tokens=False)["input_ids"] for row in rows]
+        return cls(game, list(prompt_ids), readings, torch.stack(pixels), processor.tokenizer.pad_token_id)
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
+        """[B, T] right-padded ids, mask and labels (-100 on prompt and padding), and pixel values."""
+        ids = [self.prompt_ids + self.reading_ids[i] for i in rows]
+        width = max(map(len, ids))
+        input_ids = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in ids])
+        lengths = torch.tensor([len(row) for row in ids])
+        attention_mask = (torch.arange(width) < lengths[:, None]).long()
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, : len(self.prompt_ids)] = -100
+        pixel_values = self.pixels[torch.as_tensor(rows)].float().div(127.5).sub(1)[:, None]
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "pixel_values": pixel_values,
+        }
+        return {k: v.to(device) for k, v in batch.items()}
+
+
+def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, progress: bool) -> None:
+    """One-cycle AdamW on the readings; one game a step, in turn."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)) + 1e-3,
+    )
+    rng = np.random.default_rng(recipe.seed)
+    model.train()
+    bar = tqdm(range(recipe.steps), desc="Teaching the embedded model to read", unit="step", disable=not progress)
+    for step in bar:
+        lesson = lessons[step % len(lessons)]
+        rows = rng.integers(len(lesson.reading_ids), size=recipe.batch_size)
+        loss = model(**lesson.batch(rows, model.device)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 10 == 0:
+            bar.set_postfix(game=lesson.game, loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+@torch.no_grad()
+def _reading_accuracy(model: Any, exam: _Lesson) -> float:
+    """Share of states whose whole reading is the model's first choice, token after token (so greedy play reads so)."""
+    right = 0
+    for rows in np.array_split(np.arange(len(exam.reading_ids)), max(1, len(exam.reading_ids) // 100)):
+        batch = exam.batch(rows, model.device)
+        labels = batch.pop("labels")[:, 1:]
+        choice = model(**batch).logits[:, :-1].argmax(-1)
+        right += int(((choice == labels) | (labels == -100)).all(1).sum())
+    return right / len(exam.reading_ids)
