@@ -20,7 +20,7 @@ SPDX = "# SPDX-License-Identifier: Apache-2.0"
 FLOORS = {
     1: {"losses", "trajectory", "critic", "agent_format", "metrics", "envs"},
     2: {"modeling", "collator", "replay", "rollout", "policy", "embedded"},
-    3: {"vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
+    3: {"callbacks", "vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
     4: {"cli"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation in an environment during training: a stock SFTTrainer, the choice of the best weights, TensorBoard."""
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny_models
+from vlmq_trl import VLMQConfig, VLMQTrainer, callbacks
+from vlmq_trl.callbacks import EnvEvaluationCallback
+from vlmq_trl.rollout import collect_demonstrations
+
+ENV = "vlmq_trl/NumberLine-v0"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return collect_demonstrations(ENV, policy="random", episodes=4, progress=False)
+
+
+def arguments(path, config=SFTConfig, **kwargs):
+    kwargs = {"max_steps": 3, "learning_rate": 1e-3, "report_to": "none", **kwargs}
+    return config(
+        output_dir=str(path),
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        max_length=None,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        disable_tqdm=True,
+        **kwargs,
+    )
+
+
+def make_callback(**kwargs):
+    kwargs = {"eval_steps": 2, "episodes": 3, "num_envs": 3, "max_completion_length": 2, **kwargs}
+    return EnvEvaluationCallback(ENV, **kwargs)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_stock_trainer_is_evaluated_at_the_start_on_the_way_and_at_the_end(data, tmp_path):
+    model, processor = tiny_models.build("idefics3")
+    callback = make_callback()
+    trainer = SFTTrainer(
+        model, arguments(tmp_path), train_dataset=data, processing_class=processor, callbacks=[callback]
+    )
+    trainer.train()
+    assert [record["step"] for record in callback.history] == [0, 2, 3]
+    for record in callback.history:
+        assert record["episodes"] == 3 and 0 <= record["low"] <= record["success_rate"] <= record["high"] <= 1
+    # Two tokens cannot hold an answer: ten turns without a legal action, each costs 1.
+    assert callback.history[0]["mean_return"] == -10 and callback.history[0]["valid_rate"] == 0
+    assert callback.best == callback.history[0]  # all equal: the earliest
+    logged = [entry for entry in trainer.state.log_history if "env_success_rate" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 3]
+
+
+def play_back(monkeypatch, results):
+    """Lets evaluations give `results`, (success rate, mean return) each."""
+    left = iter(results)
+
+    def evaluate_model(model, processing_class, env, **kwargs):
+        success, mean_return = next(left)
+        return dict.fromkeys(callbacks.COPIED, 0.0) | {
+            "success_rate": success,
+            "success_rate_low": success,
+            "success_rate_high": success,
+            "mean_return": mean_return,
+        }
+
+    monkeypatch.setattr(callbacks, "evaluate_model", evaluate_model)
+
+
+@pytest.mark.parametrize(
+    ("results", "best"),
+    [
+        ([(0.1, 0), (0.5, 0), (0.3, 9), (0.4, 9)], 1),
+        ([(0.1, 0), (0.5, 0), (0.5, 1), (0.5, 1)], 2),  # equal success: the higher return, then the earlier
+        ([(0.1, 0), (0.2, 0), (0.3, 0), (0.4, 0)], 3),
+    ],
+)
+def test_best_weights_come_back(data, tmp_path, monkeypatch, results, best):
+    play_back(monkeypatch, results)
+    model, processor = tiny_models.build("idefics3")
+    model.lm_head.weight.requires_grad_(False)
+    callback, seen = make_callback(eval_steps=1), []
+    keep = callback._evaluate
+    monkeypatch.setattr(callback, "_evaluate", lambda *a: (seen.append(weights(model)), keep(*a)))
+    trainer = SFTTrainer(
+        model, arguments(tmp_path), train_dataset=data, processing_class=processor, callbacks=[callback]
+    )
+    trainer.train()
+    record = callback.restore_best(trainer.model)
+    assert record["step"] == best
+    restored = weights(model)
+    assert all(torch.equal(restored[name], seen[best][name]) for name in restored)
+    assert any(not torch.equal(restored[name], seen[best - 1][name]) for name in restored)
+    assert "lm_head.weight" not in callback._best_weights
+    with pytest.raises(ValueError, match="other trainable parameters"):
+        callback.restore_best(torch.nn.Linear(2, 2))
+
+
+def test_evaluating_does_not_change_the_training(data, tmp_path):
+    results = []
+    for extra in ([], [make_callback(eval_steps=1, temperature=1.0)]):
+        model, processor = tiny_models.build("idefics3")
+        args = arguments(tmp_path, VLMQConfig, max_steps=2)
+        trainer = VLMQTrainer(model, args, train_dataset=data, processing_class=processor, callbacks=extra)
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_scalars_reach_the_trainers_tensorboard(data, tmp_path, monkeypatch):
+    play_back(monkeypatch, [(0.25, 0.0), (0.75, 0.0)])
+    model, processor = tiny_models.build("idefics3")
+    args = arguments(tmp_path, max_steps=2, report_to="tensorboard", logging_steps=1)
+    SFTTrainer(
+        model, args, train_dataset=data, processing_class=processor, callbacks=[make_callback(eval_steps=2)]
+    ).train()
+    folders = {path.parent for path in tmp_path.rglob("events.out*")}
+    assert len(folders) == 1  # beside the trainer's own scalars
+    events = EventAccumulator(str(folders.pop())).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("env/success_rate")] == [(0, 0.25), (2, 0.75)]
+    assert "train/loss" in events.Tags()["scalars"]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="`eval_steps=0`: it must be at least 1"):
+        make_callback(eval_steps=0)
+    with pytest.raises(RuntimeError, match="train first"):
+        make_callback().restore_best(torch.nn.Linear(2, 2))

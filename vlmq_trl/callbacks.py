@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EnvEvaluationCallback`: plays an environment while any trainer trains, and keeps the best weights by success.
+
+It works with every `transformers.Trainer`, stock `trl.SFTTrainer` included, so that methods are compared at the same
+steps, on the same episodes, with the same choice of the best weights.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import default_logdir
+
+from .agent_format import AgentFormat
+from .policy import evaluate_model
+from .rollout import EnvSpec
+
+COPIED = ("mean_return", "return_low", "return_high", "mean_turns", "valid_rate", "episodes")
+
+
+class EnvEvaluationCallback(TrainerCallback):
+    """
+    Plays `env` with the trainer's model before the first step, every `eval_steps` and after the last one.
+
+    ```python
+    >>> callback = EnvEvaluationCallback("vlmq_trl/NumberLine-v0", eval_steps=50)
+    >>> trainer = SFTTrainer(model, args, train_dataset=dataset, callbacks=[callback])
+    >>> trainer.train()
+    >>> callback.restore_best(trainer.model)["success_rate"]
+    ```
+
+    Args:
+        env, agent_format: as `rollout.play_episodes`.
+        eval_steps: optimiser steps from one evaluation to the next.
+        episodes: played in each evaluation, the same ones every time.
+        seed: of the first episode; keep it away from the training data's and from the final test's.
+        temperature: 0 is greedy.
+        num_envs: environments played at once.
+        max_completion_length: longest response in tokens.
+        keep_best: hold a copy of the trainable parameters with the highest success rate (ties: the higher mean return,
+            then the earlier step) in CPU memory, for `restore_best`.
+        progress: show a bar over each evaluation's episodes.
+
+    Attributes:
+        history: one record an evaluation, in order: `step`, `success_rate` with its 95 % Wilson interval `low` to
+            `high`, `mean_return`, `return_low`, `return_high`, `mean_turns`, `valid_rate`, `episodes`, `seconds` (of
+            the evaluation) and `train_seconds` (since training began, evaluations left out).
+        best: the best record, None before the first evaluation.
+
+    The records also go to the trainer's `state.log_history` (`env_success_rate`, ...) and, if the trainer reports to
+    TensorBoard, there. Every process of a distributed run plays the same episodes. A training run that resumes starts
+    a new history.
+
+    Raises:
+        ValueError: a number below 1; or, when training begins, `keep_best` with weights that ZeRO-3 or FSDP sharded.
+    """
+
+    def __init__(
+        self,
+        env: EnvSpec,
+        eval_steps: int = 100,
+        episodes: int = 200,
+        seed: int = 1_000_000,
+        temperature: float = 0.0,
+        num_envs: int = 64,
+        max_completion_length: int = 256,
+        agent_format: AgentFormat | None = None,
+        keep_best: bool = True,
+        progress: bool = False,
+    ):
+        for name, value in (("eval_steps", eval_steps), ("episodes", episodes), ("num_envs", num_envs)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}`: it must be at least 1.")
+        self.env, self.eval_steps, self.keep_best = env, eval_steps, keep_best
+        self.play = {
+            "episodes": episodes,
+            "seed": seed,
+            "temperature": temperature,
+            "num_envs": num_envs,
+            "max_completion_length": max_completion_length,
+            "agent_format": agent_format,
+            "progress": progress,
+        }
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, float] | None = None
+        self._best_weights: dict[str, Tensor] = {}
+        self._writer: SummaryWriter | None = None
+        self._began, self._evaluating = 0.0, 0.0
+
+    def restore_best(self, model: nn.Module) -> dict[str, float]:
+        """Copies the best weights into the model that was trained; returns their record.
+
+        Raises:
+            RuntimeError: nothing was kept.
+            ValueError: the model has other trainable parameters than the one that was trained.
+        """
+        if self.best is None or not self._best_weights:
+            raise RuntimeError("There are no best weights: train first, with `keep_best=True`.")
+        own = _trainable(model)
+        if {k: p.shape for k, p in own.items()} != {k: w.shape for k, w in self._best_weights.items()}:
+            raise ValueError(
+                f"{type(model).__name__} has other trainable parameters than the model that was trained; pass "
+                "`trainer.model`."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(self._best_weights[name])
+        return self.best
+
+    # ---- events ----
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model = kwargs["model"]
+        if self.keep_best and any(hasattr(p, "ds_id") or hasattr(p, "_local_shard") for p in model.parameters()):
+            raise ValueError(
+                "`keep_best` copies whole parameters, but these are sharded. Set `keep_best=False` and keep "
+                "checkpoints with `save_strategy` instead."
+            )
+        self.history, self.best, self._best_weights = [], None, {}
+        if "tensorboard" in args.report_to and state.is_world_process_zero:
+            self._writer = SummaryWriter(str(_tensorboard_directory(args)))
+        self._began, self._evaluating = time.perf_counter(), 0.0
+        self._evaluate(args, state, kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.global_step % self.eval_steps == 0:
+            self._evaluate(args, state, kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.history[-1]["step"] != state.global_step:
+            self._evaluate(args, state, kwargs)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _evaluate(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        model = kwargs["model"]
+        played: Any = evaluate_model(model, kwargs["processing_class"], self.env, **self.play)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+        record = {
+            "step": state.global_step,
+            "success_rate": played["success_rate"],
+            "low": played["success_rate_low"],
+            "high": played["success_rate_high"],
+            **{name: played[name] for name in COPIED},
+            "seconds": seconds,
+            "train_seconds": start - self._began - self._evaluating,
+        }
+        self._evaluating += seconds
+        self.history.append(record)
+        if self.best is None or _rank(record) > _rank(self.best):
+            self.best = record
+            if self.keep_best:
+                self._keep(model)
+        scalars = {f"env_{name}": value for name, value in record.items() if name != "step"}
+        state.log_history.append({**scalars, "step": state.global_step})
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name.replace("_", "/", 1), value, state.global_step)
+            self._writer.flush()
+
+    def _keep(self, model: nn.Module) -> None:
+        """Copies the trainable parameters to CPU, into the memory of the copy before."""
+        with torch.no_grad():
+            for name, parameter in _trainable(model).items():
+                if name in self._best_weights:
+                    self._best_weights[name].copy_(parameter)
+                else:
+                    self._best_weights[name] = parameter.detach().to("cpu", copy=True)
+
+
+def _rank(record: dict[str, float]) -> tuple[float, float]:
+    return record["success_rate"], record["mean_return"]
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _tensorboard_directory(args: TrainingArguments) -> Path:
+    """Where `TensorBoardCallback`, which runs earlier, has begun to write; callbacks cannot see one another."""
+    if "TENSORBOARD_LOGGING_DIR" in os.environ:
+        return Path(os.environ["TENSORBOARD_LOGGING_DIR"]).expanduser()
+    fallback = Path(args.output_dir) / default_logdir()
+    known = [path for path in fallback.parent.glob("*") if path.is_dir()]
+    return max(known, key=lambda path: path.stat().st_mtime, default=fallback)
