@@ -114,7 +114,9 @@ class EnvEvaluationCallback(TrainerCallback):
 
     # ---- events ----
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         model = kwargs["model"]
         if self.keep_best and any(hasattr(p, "ds_id") or hasattr(p, "_local_shard") for p in model.parameters()):
             raise ValueError(
@@ -127,11 +129,15 @@ class EnvEvaluationCallback(TrainerCallback):
         self._began, self._evaluating = time.perf_counter(), 0.0
         self._evaluate(args, state, kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step % self.eval_steps == 0:
             self._evaluate(args, state, kwargs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.history[-1]["step"] != state.global_step:
             self._evaluate(args, state, kwargs)
         if self._writer is not None:

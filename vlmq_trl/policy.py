@@ -146,10 +146,10 @@ def evaluate_model(
         max_completion_length=max_completion_length,
         batch_size=num_envs,
     )
-    was_training, checkpointing = model.training, model.is_gradient_checkpointing
+    was_training, checkpointing = model.training, model.is_activation_checkpointing
     model.eval()
     if checkpointing:  # it would switch the cache off
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     device = torch.device(model.device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -167,5 +167,5 @@ def evaluate_model(
             )
     finally:
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train(was_training)
