@@ -82,7 +82,7 @@ def test_thoughts():
             env.step(action)
         return make_demonstrator(env_id, "expert")(env, np.random.default_rng(0)).thoughts
 
-    assert thoughts("vlmq_trl/NumberLine-v0", {"current": 2, "target": 4}) == "current is 2 and target is 4"
+    assert thoughts("vlmq_trl/NumberLine-v0", {"current": 2, "target": 4}) == "target is higher than current"
     assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2"]) == "unused values: 10"
     assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2", "+", "10"]) == "unused values: none"
     dealt = {"dealer": ["K", "2"], "player": ["A", "6"]}

@@ -149,7 +149,7 @@ def build_embedded_model(
 def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
     """Image processor and own tokenizer: numbers, ranks and operators are tokens of their own, set phrases merge."""
     tokenizer = Tokenizer(models.BPE())
-    values = Regex(r"\b10\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|\bsoft\b|\bhard\b|[\[\],]")
+    values = Regex(r"\b10\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|soft|hard|higher|lower|[\[\],]")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(values, "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()

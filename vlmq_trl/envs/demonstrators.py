@@ -160,7 +160,7 @@ def mistaken_action(game: Any) -> str:
 
 def _thoughts(game: Any) -> str:
     if isinstance(game, NumberLine):
-        return f"current is {game.current} and target is {game.target}"
+        return f"target is {'higher' if game.target > game.current else 'lower'} than current"
     if isinstance(game, PointsGame):
         return "unused values: " + (", ".join(map(str, game.unused())) or "none")
     total, usable = game.total()
