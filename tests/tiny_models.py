@@ -211,7 +211,10 @@ def gemma3() -> tuple[Any, Any]:
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
     )
-    return tf.Gemma3ForConditionalGeneration(config), processor
+    model = tf.Gemma3ForConditionalGeneration(config)
+    # Zero when fresh, which would hide the pictures.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+    return model, processor
 
 
 def _text_only(model_class: Any, config_class: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -95,7 +97,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             before, if several processes must agree on the fresh weights.
 
     Raises:
-        ValueError: if the model has no language-model head, or its PEFT method adds virtual tokens.
+        ValueError: if the model has no language-model head or an adapter on it, or its PEFT method adds virtual tokens.
     """
 
     def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
@@ -112,6 +114,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             raise ValueError(
                 "Prompt-learning PEFT methods shift the token positions that the critic reads; use LoRA or another "
                 "adapter that changes weights only."
+            )
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError(
+                "There is an adapter on the language-model head, whose weight is read directly: the adapter would be left "
+                "out of the policy. Remove the head from `target_modules`."
             )
         text_config = base.config.get_text_config()
         expected = {"hidden_size": text_config.hidden_size, "vocab_size": head.weight.shape[0]}
@@ -246,7 +253,9 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
 
     # ---- saving and loading ----
 
-    def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any
+    ) -> None:
         """Writes a stock model (or PEFT adapter), and the critic in its own two files.
 
         Args:
@@ -288,6 +297,10 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         path = cached_file(str(directory), CRITIC_WEIGHTS_NAME, **hub_kwargs)
         try:
             self.critic.load_state_dict(load_file(path), strict=True)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{CRITIC_WEIGHTS_NAME} in {directory} is damaged: {error}. Save or copy it again."
+            ) from None
         except RuntimeError as error:
             raise ValueError(f"The critic in {directory} does not fit its own {CRITIC_CONFIG_NAME}: {error}") from None
 
