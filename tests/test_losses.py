@@ -86,7 +86,7 @@ def test_lambda_one_is_monte_carlo(batch):
     returns = returns_of(batch, lambdas=torch.ones(pack(batch)[0].shape))
     for segment, row in zip(batch, returns.tolist(), strict=True):
         for t in range(len(segment)):
-            # sum_k (prod of the discounts before k) * r_k, then what is left of the discount times the bootstrap value.
+            # sum_k (prod of the discounts before k) * r_k, then the discount that is left times the bootstrap value.
             expected, discount = 0.0, 1.0
             for reward, _, gamma, _ in segment[t:]:
                 expected += discount * reward
@@ -187,7 +187,7 @@ def test_traces_refuse():
     log_probs = torch.zeros(2)
     with pytest.raises(ValueError, match="Unknown trace 'vtrace'"):
         losses.trace_coefficients(log_probs, log_probs, "vtrace")
-    with pytest.raises(ValueError, match="behavior_logprobs.*tree_backup"):
+    with pytest.raises(ValueError, match=r"behavior_logprobs.*tree_backup"):
         losses.trace_coefficients(log_probs, None, "retrace")
 
 
@@ -213,8 +213,8 @@ def test_expectile_of_two_values(expectile):
 def test_scalar_critic_loss_by_hand():
     # Q against (1, 0):  token 1: (1, 3) errors 0, 2; token 2: (-1, 1) errors 1, 1.
     #   half squares, mean over the critics, summed over tokens: (0 + 2) / 2 + (0.5 + 0.5) / 2 = 1.5
-    # V against (2, -1), expectile 0.75: token 1: (0, 3): 0.75 * 4 = 3, 0.25 * 1 = 0.25; token 2: (-1, 1): 0, 0.25 * 4 = 1.
-    #   (3 + 0.25) / 2 + (0 + 1) / 2 = 2.125
+    # V against (2, -1), expectile 0.75:  token 1: (0, 3): 0.75 * 4 = 3, 0.25 * 1 = 0.25;
+    #   token 2: (-1, 1): 0, 0.25 * 4 = 1. Together (3 + 0.25) / 2 + (0 + 1) / 2 = 2.125
     q = torch.tensor([[1.0, 3.0], [-1.0, 1.0]], requires_grad=True)
     v = torch.tensor([[0.0, 3.0], [-1.0, 1.0]], requires_grad=True)
     q_loss, value_loss = losses.scalar_critic_loss(q, v, torch.tensor([1.0, 0.0]), torch.tensor([2.0, -1.0]), 0.75)

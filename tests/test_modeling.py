@@ -164,7 +164,7 @@ def test_scores_equal_the_dense_computation(name, config):
 @CRITICS
 @torch.no_grad()
 def test_bootstrap_value_is_the_next_turns_first_value(name, config):
-    # Cut after a turn, the bootstrap row stands for the state in which the next turn, elsewhere, chooses its first token.
+    # Cut after a turn, the bootstrap row is the state in which the next turn, elsewhere, chooses its first token.
     model, processor = tiny_models.build(name)
     wrapped = wrap(model, config)
     cut = wrapped(**collate(processor, [item(name, 1, "left", bootstrap=observe(name, 2))]))
@@ -679,7 +679,7 @@ def test_prompt_learning_is_refused(prompt_config):
 def test_an_adapter_on_the_head_is_refused():
     # Its weight is read directly, so the adapter would silently be left out of the policy.
     model, _ = tiny_models.build("llama")
-    with pytest.raises(ValueError, match="adapter on the language-model head.*target_modules"):
+    with pytest.raises(ValueError, match=r"adapter on the language-model head.*target_modules"):
         ValueHeadModel(lora(model, target_modules=["q_proj", "lm_head"]))
 
 

@@ -97,7 +97,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             before, if several processes must agree on the fresh weights.
 
     Raises:
-        ValueError: if the model has no language-model head or an adapter on it, or its PEFT method adds virtual tokens.
+        ValueError: if the model has no language-model head or an adapter on it, or its adapter adds virtual tokens.
     """
 
     def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
@@ -106,8 +106,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         head = base.get_output_embeddings()
         if head is None or base.base_model is base:
             raise ValueError(
-                f"{type(base).__name__} has no language-model head on a backbone, so there is no policy to train. Pass a "
-                "model of `AutoModelForImageTextToText` or `AutoModelForCausalLM`."
+                f"{type(base).__name__} has no language-model head on a backbone, so there is no policy to train. "
+                "Pass a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM`."
             )
         peft_config = getattr(pretrained_model, "peft_config", None)
         if isinstance(peft_config, dict) and any(c.is_prompt_learning for c in peft_config.values()):
@@ -117,8 +117,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             )
         if isinstance(head, BaseTunerLayer):
             raise ValueError(
-                "There is an adapter on the language-model head, whose weight is read directly: the adapter would be left "
-                "out of the policy. Remove the head from `target_modules`."
+                "There is an adapter on the language-model head, whose weight is read directly: the adapter would be "
+                "left out of the policy. Remove the head from `target_modules`."
             )
         text_config = base.config.get_text_config()
         expected = {"hidden_size": text_config.hidden_size, "vocab_size": head.weight.shape[0]}
@@ -330,7 +330,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         saved = has_critic(name, **hub_kwargs)
         if not saved and critic_config is None:
             raise OSError(
-                f"{name} holds no critic ({CRITIC_CONFIG_NAME}). Pass `critic_config=CriticConfig()` to start a fresh one."
+                f"{name} holds no critic ({CRITIC_CONFIG_NAME}). Pass `critic_config=CriticConfig()` to start a fresh "
+                "one."
             )
         if saved and critic_config is not None:
             raise ValueError(f"{name} has a critic of its own; leave `critic_config` out to restore it.")
