@@ -86,7 +86,7 @@ class VLMQConfig(SFTConfig):
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
     > - `max_length`: `None` instead of `1024`. A row that is too long is an error, since its end carries the reward.
-    > - `metric_for_best_model`: `"success_rate"`, with `greater_is_better`.
+    > - `metric_for_best_model`: `"success_rate"` instead of `None`; without an environment to play, no metric.
     """
 
     # Returns
@@ -137,7 +137,6 @@ class VLMQConfig(SFTConfig):
     metric_for_best_model: str | None = field(
         default="success_rate", metadata={"help": "Metric that names the best checkpoint."}
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
 
     def __post_init__(self):
         super().__post_init__()

@@ -111,12 +111,20 @@ class VLMQTrainer(SFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: a trajectory dataset, see `collect_demonstrations`.")
         self._index = validate_trajectories(train_dataset)
-        self._eval_indices: dict[int, EpisodeIndex] = {}
+        # By the dataset's id; the dataset is kept beside its index, so that no other can take its id.
+        self._eval_indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
         for split in eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset]):
-            self._eval_indices[id(split)] = validate_trajectories(split)
+            self._index_of(split)
         self.eval_env, self.agent_format = eval_env, agent_format
         if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
             raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
+        if eval_env is None and args.metric_for_best_model == "success_rate":
+            if args.load_best_model_at_end or args.save_strategy == "best":
+                raise ValueError(
+                    "`metric_for_best_model='success_rate'` needs an `eval_env`. Give one, or choose a metric of the "
+                    "`eval_dataset`, such as 'loss'."
+                )
+            args.metric_for_best_model = None
 
         model, restore_critic = self._open(model, args)
         # `Trainer` wants an `eval_dataset` wherever there is an evaluation; an environment will do here.
@@ -141,7 +149,7 @@ class VLMQTrainer(SFTTrainer):
         # SFTTrainer has seeded torch, so that every process makes the same fresh critic.
         self._wrap_with_critic(restore_critic)
         self._target_sums = torch.zeros(3, device=args.device)
-        self._recorded: dict[str, list[Tensor]] = defaultdict(list)
+        self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._last_log = (time.perf_counter(), 0)
         self.add_callback(_AfterUpdate(self))
 
@@ -194,14 +202,18 @@ class VLMQTrainer(SFTTrainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if id(dataset) not in self._eval_indices:
-            self._eval_indices[id(dataset)] = validate_trajectories(dataset)
         return self._get_dataloader(
-            dataset=SegmentDataset(dataset, self._eval_indices[id(dataset)], self.args.gamma, self._with_critic),
+            dataset=SegmentDataset(dataset, self._index_of(dataset), self.args.gamma, self._with_critic),
             description="Evaluation",
             batch_size=self.args.eval_batch_size,
             sampler_fn=lambda dataset: self._segment_sampler(dataset, shuffle=False),
         )
+
+    def _index_of(self, dataset: Dataset) -> EpisodeIndex:
+        """The index of an evaluation dataset, validated when it is first seen."""
+        if id(dataset) not in self._eval_indices:
+            self._eval_indices[id(dataset)] = (dataset, validate_trajectories(dataset))
+        return self._eval_indices[id(dataset)][1]
 
     def _segment_sampler(self, dataset: SegmentDataset, shuffle: bool) -> SegmentSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -302,9 +314,10 @@ class VLMQTrainer(SFTTrainer):
         if mode == "train":
             self._target_sums += torch.stack([returns.sum(), returns.square().sum(), returns.new_tensor(len(returns))])
         is_turn_start = is_turn_end.roll(1)
-        self._recorded["advantage"].append(advantage)
-        self._recorded["value"].append(losses.denormalize(state_values, mean, std)[is_turn_start])
-        self._recorded["return_to_go"].append(turns["turn_return_to_go"])
+        recorded = self._recorded[mode]
+        recorded["advantage"].append(advantage)
+        recorded["value"].append(losses.denormalize(state_values, mean, std)[is_turn_start])
+        recorded["return_to_go"].append(turns["turn_return_to_go"])
         return parts, advantage
 
     @torch.no_grad()
@@ -354,8 +367,12 @@ class VLMQTrainer(SFTTrainer):
             `mean_return`, `mean_turns`, `valid_rate`, `episodes`, ...; and what `SFTTrainer.evaluate` returns.
         """
         metrics: dict[str, float] = {}
-        if eval_dataset is not None or self.eval_dataset is not None:
-            metrics.update(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix))
+        splits = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(splits, dict):
+            for name, split in splits.items():
+                metrics.update(super().evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}"))
+        elif splits is not None:
+            metrics.update(super().evaluate(splits, ignore_keys, metric_key_prefix))
         if self.eval_env is None:
             if not metrics:
                 raise ValueError("Nothing to evaluate: give the trainer an `eval_env` or an `eval_dataset`.")
@@ -375,7 +392,10 @@ class VLMQTrainer(SFTTrainer):
         )
         played["runtime"] = time.perf_counter() - start
         played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
+        was_training = self.model.training
+        self.model.eval()  # what training has recorded since its last log stays for its next
         self.log(dict(played))
+        self.model.train(was_training)
         metrics.update(played)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -421,8 +441,9 @@ class VLMQTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what happened since the last log: tokens per second, advantages, values and their calibration."""
-        recorded = {name: torch.cat(parts).float().cpu() for name, parts in self._recorded.items()}
-        self._recorded.clear()
+        pending = self._recorded["train" if self.model.training else "eval"]
+        recorded = {name: torch.cat(parts).float().cpu() for name, parts in pending.items()}
+        pending.clear()
         prefix = "" if self.model.training else "eval_"
         if self.model.training and "loss" in logs:
             now, tokens = time.perf_counter(), self._total_train_tokens

@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer on tiny models: it trains, logs, evaluates, saves and opens again; and a model as a policy."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+from tests import tiny_models
+from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
+from vlmq_trl import vlmq_trainer
+from vlmq_trl.agent_format import PlainFormat
+from vlmq_trl.critic import Critic
+from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
+from vlmq_trl.policy import ModelPolicy, evaluate_model, stop_token_ids
+from vlmq_trl.rollout import Request, Response, play_episodes
+from vlmq_trl.trajectory import dataset_from_episodes
+from vlmq_trl.vlmq_trainer import VLMQTrainer
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+PLAYED = (
+    "success_rate",
+    "success_rate_low",
+    "success_rate_high",
+    "mean_return",
+    "return_low",
+    "return_high",
+    "mean_turns",
+    "valid_rate",
+    "episodes",
+    "runtime",
+)
+
+
+def make_trainer(output_dir, *, name="idefics3", dataset=None, peft_config=None, init=None, **kwargs) -> VLMQTrainer:
+    model, processor = tiny_models.build(name)
+    return VLMQTrainer(
+        model=model,
+        args=config(output_dir, **kwargs),
+        train_dataset=number_line() if dataset is None else dataset,
+        processing_class=processor,
+        peft_config=peft_config,
+        **(init or {}),
+    )
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def step_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- training ----
+
+VARIANTS = {
+    "scalar": {},
+    "LoRA": {"peft_config": LORA},
+    "vocab": {"critic_type": "vocab"},
+    "LoRA, vocab": {"peft_config": LORA, "critic_type": "vocab"},
+    "linear heads, one critic": {"critic_hidden_size": 0, "num_critics": 1},
+    "three critics, min": {"num_critics": 3, "target_aggregation": "min"},
+    "exponential filter": {"filter": "exp"},
+    "no filter": {"filter": "none"},
+    "tree backup": {"off_policy_trace": "tree_backup", "turn_lambda": 0.5},
+    "lambdas 1": {"turn_lambda": 1.0, "token_lambda": 1.0},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "checkpointing": {"activation_checkpointing": True},
+    "LoRA, checkpointing": {"activation_checkpointing": True, "peft_config": LORA},
+    "LLaVA": {"name": "llava"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains(variant, tmp_path):
+    """What should learn moves, what should not stays, and everything that is logged is a finite number."""
+    trainer = make_trainer(tmp_path, max_steps=3, **VARIANTS[variant])
+    before, saved = weights_of(trainer), trainer.args.to_dict()
+    trainer.train()
+    after = weights_of(trainer)
+    lora = "peft_config" in VARIANTS[variant]
+    kept = step_logs(trainer)
+    assert len(kept) == 3
+    policy_moves = sum(entry["kept_fraction"] for entry in kept) > 0
+    for key, value in after.items():
+        moved = not torch.equal(value, before[key])
+        if key.startswith(("critic.online", "critic.target")):
+            assert moved, f"{key} did not learn"
+        elif lora and "lora_" not in key and key.startswith("pretrained_model"):
+            assert not moved, f"{key} is frozen, and moved"
+    trained = [k for k in after if k.startswith("pretrained_model") and ("lora_B" in k or not lora) and "q_proj" in k]
+    assert policy_moves and trained
+    assert all(not torch.equal(after[k], before[k]) for k in trained if "vision" not in k)
+    expected = {
+        *("loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "nll", "policy_loss", "q_loss"),
+        *("kept_fraction", "kept_fraction_uncertain", "uncertain_fraction", "num_tokens", "tokens_per_second"),
+        *("target_mean", "target_std", "value_bias", "value_error"),
+        *(f"{name}_q{q:02d}" for name in ("advantage", "value") for q in (5, 25, 50, 75, 95)),
+        "conservative_loss" if saved["critic_type"] == "vocab" else "value_loss",
+    }
+    for entry in kept:
+        assert expected <= set(entry), expected - set(entry)
+        assert all(math.isfinite(value) for value in entry.values())
+        assert 0 <= entry["kept_fraction"] <= 1
+
+
+def test_loss_is_its_parts(tmp_path):
+    """loss = policy_loss + critic_coef * (q_loss + value_loss), and `nll` is the policy's loss where all is kept."""
+    trainer = make_trainer(tmp_path, max_steps=2, critic_coef=0.25, critic_warmup_steps=1)
+    trainer.train()
+    for entry in step_logs(trainer):
+        parts = entry["policy_loss"] + 0.25 * (entry["q_loss"] + entry["value_loss"])
+        assert entry["loss"] == pytest.approx(parts, rel=1e-5)
+    assert step_logs(trainer)[0]["nll"] == pytest.approx(step_logs(trainer)[0]["policy_loss"])
+
+
+class RecordHeads(TrainerCallback):
+    """Each step's (target heads before, online heads after, target heads after)."""
+
+    def __init__(self):
+        self.critic, self.steps = None, []
+
+    def state(self, heads):
+        return {k: v.clone() for k, v in getattr(self.critic, heads).state_dict().items()}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before = self.state("target")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append((self.before, self.state("online"), self.state("target")))
+
+
+@pytest.mark.parametrize("critic_type", ["scalar", "vocab"])
+def test_target_moves_by_tau(critic_type, tmp_path, monkeypatch):
+    """target <- target + tau * (online - target), once an optimiser step, also with gradient accumulation."""
+    # The moments stay, so that nothing rescales the heads.
+    monkeypatch.setattr(Critic, "update_moments", lambda self, *args, **kwargs: None)
+    record = RecordHeads()
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=3,
+        target_tau=0.25,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        critic_type=critic_type,
+        init={"callbacks": [record]},
+    )
+    record.critic = trainer.model.critic
+    trainer.train()
+    assert len(record.steps) == 3
+    for before, online, after in record.steps:
+        for key in after:
+            assert not torch.equal(online[key], before[key])
+            torch.testing.assert_close(after[key], torch.lerp(before[key], online[key], 0.25), rtol=0, atol=0)
+
+
+def test_moments_follow_the_targets(tmp_path, monkeypatch):
+    """With a rate of 1 the moments are those of the step's targets, over all of its micro-batches."""
+    returns = []
+    over_segments = vlmq_trainer._over_segments
+    monkeypatch.setattr(
+        vlmq_trainer, "_over_segments", lambda *a, **kw: returns.append(over_segments(*a, **kw)) or returns[-1]
+    )
+    trainer = make_trainer(tmp_path, max_steps=1, target_norm_rate=1.0, gradient_accumulation_steps=2)
+    trainer.train()
+    assert len(returns) == 2
+    critic, seen = trainer.model.critic, torch.cat(returns)
+    torch.testing.assert_close(critic.target_mean, seen.mean())
+    torch.testing.assert_close(critic.target_second_moment, seen.square().mean())
+
+
+def test_fresh_critic_starts_at_the_data_s_returns(tmp_path):
+    trainer = make_trainer(tmp_path)
+    returns = trainer._index.returns_to_go(0.95)
+    assert trainer.model.critic.target_mean.item() == pytest.approx(returns.mean(), rel=1e-5)
+    assert trainer.model.critic.target_std.item() == pytest.approx(returns.std(), rel=1e-5)
+
+
+def test_warm_up_keeps_every_token(tmp_path):
+    """A filter that lets nothing through starts after `critic_warmup_steps` updates."""
+    trainer = make_trainer(tmp_path, max_steps=4, critic_warmup_steps=2, filter_threshold=1e9)
+    trainer.train()
+    assert [entry["kept_fraction"] for entry in step_logs(trainer)] == [1.0, 1.0, 0.0, 0.0]
+    assert [entry["policy_loss"] > 0 for entry in step_logs(trainer)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
+def test_critic_learning_rate(peft_config, tmp_path):
+    """The online heads are in groups of their own, and every trainable weight is in exactly one."""
+    trainer = make_trainer(tmp_path, critic_learning_rate=0.05, weight_decay=0.1, peft_config=peft_config)
+    trainer.create_optimizer()
+    online = {id(p) for p in trainer.model.critic.online.parameters()}
+    groups = trainer.optimizer.param_groups
+    owned = [id(p) for group in groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in trainer.model.parameters() if p.requires_grad)
+    assert online <= set(owned)
+    for group in groups:
+        heads = {id(p) in online for p in group["params"]}
+        assert len(heads) <= 1, "a group mixes the critic's weights with the model's"
+        if heads:
+            assert group["lr"] == (0.05 if heads == {True} else 1e-3)
+
+
+def with_log_probs(value: float | None):
+    """Random play of the text NumberLine; each token (the action and the end of turn) has this log-probability."""
+
+    class Player:
+        def act(self, requests):
+            recorded = None if value is None else [value, value]
+            return [Response(str(r.rng.choice(["-", "+"])), recorded) for r in requests]
+
+    played = play_episodes(TextNumberLine, Player(), episodes=8, agent_format=PlainFormat())
+    return dataset_from_episodes(played, with_images=False)
+
+
+def first_loss(tmp_path, dataset, **kwargs) -> float:
+    trainer = make_trainer(tmp_path, name="llama", dataset=dataset, turn_lambda=0.9, **kwargs)
+    return trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item()
+
+
+def test_off_policy_traces(tmp_path):
+    """Retrace is no trace where mu is far below pi, and tree-backup where mu is 1 or was not recorded."""
+    rare, sure, unknown = (with_log_probs(value) for value in (-50.0, 0.0, None))
+    none = first_loss(tmp_path, rare)
+    tree_backup = first_loss(tmp_path, rare, off_policy_trace="tree_backup")
+    assert abs(none - tree_backup) > 1e-3
+    assert first_loss(tmp_path, rare, off_policy_trace="retrace") == pytest.approx(none, rel=1e-6)
+    assert first_loss(tmp_path, sure, off_policy_trace="retrace") == pytest.approx(tree_backup, rel=1e-6)
+    with pytest.raises(ValueError, match="behavior_logprobs"):
+        first_loss(tmp_path, unknown, off_policy_trace="retrace")
+
+
+def test_retrace_trains(tmp_path):
+    trainer = make_trainer(
+        tmp_path, name="llama", dataset=with_log_probs(-0.7), max_steps=3, off_policy_trace="retrace", turn_lambda=0.9
+    )
+    trainer.train()
+    assert all(math.isfinite(entry["loss"]) for entry in step_logs(trainer))
+
+
+def test_text_only_learns_to_answer(tmp_path):
+    """Imitation of play whose answers are "-" and "+": the model answers so, and ends its turn."""
+    trainer = make_trainer(
+        tmp_path,
+        name="llama",
+        dataset=text_number_line(),
+        filter="none",
+        max_steps=30,
+        learning_rate=3e-3,
+        init={"eval_env": TextNumberLine, "agent_format": PlainFormat()},
+    )
+    assert trainer.evaluate()["eval_valid_rate"] < 0.5
+    trainer.train()
+    assert trainer.evaluate()["eval_valid_rate"] == 1.0
+
+
+# ---- evaluation ----
+
+
+def test_evaluate_plays(tmp_path):
+    trainer = make_trainer(tmp_path, init={"eval_env": NUMBER_LINE})
+    metrics = trainer.evaluate()
+    assert set(metrics) == {f"eval_{name}" for name in PLAYED}
+    assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+    assert metrics["eval_episodes"] == 4
+    assert metrics["eval_success_rate_low"] <= metrics["eval_success_rate"] <= metrics["eval_success_rate_high"]
+    assert trainer.state.log_history[-1]["eval_mean_turns"] == metrics["eval_mean_turns"] == 10.0
+    other = trainer.evaluate(metric_key_prefix="test", episodes=2, temperature=1.0, seed=5)
+    assert other["test_episodes"] == 2 and "test_success_rate" in other
+
+
+def test_evaluate_computes_the_loss(tmp_path):
+    trainer = make_trainer(tmp_path, init={"eval_dataset": number_line(seed=100)})
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_runtime"} <= set(metrics) and "eval_success_rate" not in metrics
+    logged = trainer.state.log_history[-1]
+    assert {"eval_nll", "eval_q_loss", "eval_value_loss", "eval_kept_fraction", "eval_value_error"} <= set(logged)
+    # Nothing of an evaluation reaches the moments of the targets.
+    assert not trainer._target_sums.any()
+    assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
+
+
+def test_evaluate_does_both(tmp_path, monkeypatch):
+    """The environment is played once, however many evaluation datasets there are."""
+    plays = []
+    monkeypatch.setattr(vlmq_trainer, "evaluate_model", lambda *a, **kw: plays.append(1) or {"success_rate": 0.5})
+    splits = {"a": number_line(seed=100), "b": number_line(episodes=3, seed=200)}
+    trainer = make_trainer(tmp_path, init={"eval_env": NUMBER_LINE, "eval_dataset": splits})
+    metrics = trainer.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_success_rate"} <= set(metrics)
+    assert metrics["eval_a_loss"] != metrics["eval_b_loss"] and len(plays) == 1
+
+
+def test_evaluation_datasets_are_not_mistaken_for_one_another(tmp_path):
+    """A dataset that is made on the spot and freed may leave its id to the next."""
+    dataset = number_line()
+    trainer = make_trainer(tmp_path)
+    first, last = trainer._index.first_row[4], trainer._index.first_row[8]
+    expected = trainer.evaluate(dataset.select(range(first, last)))["eval_loss"]
+    for rows in (range(first), range(first, last), range(last, len(dataset))):
+        loss = trainer.evaluate(dataset.select(rows))["eval_loss"]
+        assert (loss == expected) == (rows == range(first, last))
+
+
+def test_an_evaluation_does_not_take_the_training_logs(tmp_path):
+    """An evaluation between two logs leaves what training has recorded to the next log."""
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        init={"eval_env": NUMBER_LINE, "eval_dataset": number_line(episodes=3, seed=100)},
+    )
+    trainer.train()
+    alone = make_trainer(tmp_path, max_steps=2, logging_steps=2)
+    alone.train()
+    timings = ("tokens_per_second",)
+    with_, without = step_logs(trainer)[0], step_logs(alone)[0]
+    assert {k: v for k, v in with_.items() if k not in timings} == {
+        k: v for k, v in without.items() if k not in timings
+    }
+    played = [entry for entry in trainer.state.log_history if "eval_success_rate" in entry]
+    assert len(played) == 2 and "nll" not in played[0] and "value_q50" not in played[0]
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "best"])
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
+def test_best_checkpoint_is_kept_by_success(save_strategy, peft_config, tmp_path, monkeypatch):
+    """With success rates 0.2, 0.9, 0.5 after the first three updates, training ends with the second's weights."""
+    rates, seen = iter([0.2, 0.9, 0.5]), []
+
+    def play(model, *args, **kwargs):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"success_rate": next(rates)}
+
+    monkeypatch.setattr(vlmq_trainer, "evaluate_model", play)
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy=save_strategy,
+        save_steps=1,
+        load_best_model_at_end=True,
+        filter="none",
+        peft_config=peft_config,
+        init={"eval_env": NUMBER_LINE},
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 0.9
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    now = weights_of(trainer)
+    assert all(torch.equal(now[key], seen[1][key]) for key in now)
+    assert not torch.equal(now["critic.online.q.weight"], seen[2]["critic.online.q.weight"])
+
+
+def same_critic(one, other):
+    one, other = one.critic.state_dict(), other.critic.state_dict()
+    assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("critic_type", ["scalar", "vocab"])
+def test_saves_a_stock_model_and_opens_it_again(critic_type, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, critic_type=critic_type, critic_rank=8, num_critics=3)
+    trainer.train()
+    trainer.save_model()
+    files = {file.name for file in tmp_path.iterdir()}
+    assert {"model.safetensors", "critic.safetensors", "critic_config.json", "vlmq_config.json"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert json.loads((tmp_path / "vlmq_config.json").read_text())["critic_type"] == critic_type
+    # A stock library reads the model, and finds no critic in it.
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    ours = trainer.model.pretrained_model.state_dict()
+    assert set(stock.state_dict()) == set(ours)
+    assert all(torch.equal(value, ours[key]) for key, value in stock.state_dict().items())
+    assert not any("critic" in key for key in load_file(tmp_path / "model.safetensors"))
+    # The trainer goes on where it was, processor included.
+    again = VLMQTrainer(
+        model=str(tmp_path),
+        args=config(tmp_path / "again", max_steps=1, critic_type=critic_type, critic_rank=8, num_critics=3),
+        train_dataset=number_line(),
+    )
+    same_critic(again.model, trainer.model)
+    again.train()
+    assert math.isfinite(step_logs(again)[0]["loss"])
+
+
+def test_saves_a_stock_adapter_and_opens_it_again(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    model, processor = tiny_models.build("idefics3")
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+    trainer = VLMQTrainer(
+        model=str(base), args=config(out, max_steps=2, filter="none"), train_dataset=number_line(), peft_config=LORA
+    )
+    trainer.train()
+    trainer.save_model()
+    files = {file.name for file in out.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "critic.safetensors"} <= files
+    assert "model.safetensors" not in files
+    stock = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), out)
+    ours = trainer.model.pretrained_model.state_dict()
+    assert all(torch.equal(value, ours[key]) for key, value in stock.state_dict().items())
+    assert any(value.any() for key, value in ours.items() if "lora_B" in key)
+
+    again = VLMQTrainer(model=str(out), args=config(tmp_path / "again", max_steps=1), train_dataset=number_line())
+    same_critic(again.model, trainer.model)
+    before = weights_of(again)
+    assert all(torch.equal(before[f"pretrained_model.{key}"], value) for key, value in ours.items())
+    again.train()
+    moved = {key for key, value in weights_of(again).items() if not torch.equal(value, before[key])}
+    assert {key for key in moved if "pretrained_model" in key} == {key for key in before if "lora_" in key}
+
+
+def test_value_head_model_keeps_its_critic(tmp_path):
+    """A model of the value-head class brings its critic along."""
+    model, processor = tiny_models.build("idefics3")
+    wrapped = AutoModelForImageTextToTextWithValueHead(model)
+    wrapped.critic.initialize_moments(3.0, 2.0)
+    trainer = VLMQTrainer(
+        model=wrapped, args=config(tmp_path), train_dataset=number_line(), processing_class=processor
+    )
+    same_critic(trainer.model, wrapped)
+    assert trainer.model.critic.target_mean == 3.0
+
+
+# ---- a model as a policy ----
+
+
+def requests_for(texts: list[str], name: str) -> list[Request]:
+    rng = np.random.default_rng(0)
+    requests = []
+    for text in texts:
+        observation = {"text": text}
+        if name in tiny_models.VLM_NAMES:
+            observation["image"] = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        prompt, images = PlainFormat().build_prompt("", observation)
+        requests.append(Request(None, prompt, images, rng))
+    return requests
+
+
+TEXTS = ["red", "what colour is the square? " * 4, "up", "left right left", "hit or stand?"]
+
+
+def answers(policy: ModelPolicy, requests: list[Request]) -> list[str]:
+    return [response.text for response in policy.act(requests)]
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llama"])
+def test_greedy_answers(name):
+    """Batch size, padding and memory do not change greedy answers; equal requests are generated once."""
+    model, processor = tiny_models.build(name)
+    model.eval()
+    requests = requests_for(TEXTS, name)
+    policy = ModelPolicy(model, processor, max_completion_length=8)
+    expected = answers(policy, requests)
+    assert len(set(expected)) > 1
+    alone = [answers(ModelPolicy(model, processor, max_completion_length=8), [r])[0] for r in requests]
+    assert alone == expected
+    for batch_size in (1, 2, 64):
+        forgetful = ModelPolicy(model, processor, max_completion_length=8, batch_size=batch_size)
+        forgetful.memory = None
+        assert answers(forgetful, requests) == expected
+    generated = []
+    policy._generate = lambda rows: generated.extend(rows) or ["new"] * len(rows)
+    new = requests_for([*TEXTS, "new", "new"], name)[len(TEXTS) :]
+    if name == "idefics3":  # the same words with another picture are another request
+        assert answers(policy, [*requests, *new, new[0]]) == [*expected, "new", "new", "new"] and len(generated) == 2
+    else:
+        assert answers(policy, [*requests, *new]) == [*expected, "new", "new"] and len(generated) == 1
+
+
+def test_sampled_answers_follow_the_seed():
+    model, processor = tiny_models.build("llama")
+    requests = requests_for(["red"] * 4, "llama")
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return answers(ModelPolicy(model, processor, temperature=1.0, max_completion_length=8), requests)
+
+    assert sample(0) == sample(0) != sample(1)
+    assert len(set(sample(0))) == 4, "equal requests are sampled independently"
+
+
+def test_stop_tokens():
+    """The tokenizer's, the generation config's, and the one that closes an assistant's turn in the template."""
+    model, processor = tiny_models.build("idefics3")
+    assert stop_token_ids(processor, model.generation_config) == [tiny_models.END_ID]
+    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    processor.chat_template = processor.chat_template.replace(tiny_models.END, "<end_of_utterance>")
+    assert stop_token_ids(processor, model.generation_config) == sorted([tiny_models.END_ID, utterance])
+    model.generation_config.eos_token_id = [tiny_models.END_ID, 7]
+    assert stop_token_ids(processor, model.generation_config) == sorted([tiny_models.END_ID, 7, utterance])
+    # A template that adds plain text after the answer has no end token of its own.
+    processor.chat_template = processor.chat_template.replace("<end_of_utterance>", "\n")
+    assert stop_token_ids(processor, model.generation_config) == [tiny_models.END_ID, 7]
+
+
+def test_generation_stops_at_the_template_s_end():
+    """A model that only says `<end_of_utterance>`, which is not its `eos_token`, gives empty answers of one token."""
+    model, processor = tiny_models.build("idefics3")
+    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    processor.chat_template = processor.chat_template.replace(tiny_models.END, "<end_of_utterance>")
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data = torch.nn.functional.one_hot(torch.tensor(utterance), head.out_features).float()
+    model.set_output_embeddings(head)
+    policy = ModelPolicy(model, processor, max_completion_length=8)
+    lengths = []
+    generate = model.generate
+    model.generate = lambda **kw: lengths.append(kw["input_ids"].shape[1]) or generate(**kw)
+    decode = policy.tokenizer.batch_decode
+    policy.tokenizer.batch_decode = lambda tokens, **kw: lengths.append(tokens.shape[1]) or decode(tokens, **kw)
+    assert answers(policy, requests_for(["red"], "idefics3")) == [""]
+    assert lengths[1] == 1
+
+
+def test_evaluation_leaves_no_trace():
+    """Mode and random state stay; equal seeds give equal results."""
+    model, processor = tiny_models.build("idefics3")
+    model.train()
+    state = torch.get_rng_state()
+
+    def play(**kwargs):
+        return evaluate_model(
+            model, processor, NUMBER_LINE, episodes=3, num_envs=2, max_completion_length=4, **kwargs
+        )
+
+    assert play(temperature=1.0, seed=3) == play(temperature=1.0, seed=3)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    model.eval()
+    play()
+    assert not model.training
