@@ -71,7 +71,7 @@ class EmbeddedRecipe:
     seed: int = 0
     steps: int = 900
     batch_size: int = 48
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     states: int = 3000
     required_accuracy: float = 0.97
     image_size: int = 128
@@ -190,6 +190,7 @@ def build_model(recipe: EmbeddedRecipe, processor: Idefics3Processor) -> Idefics
         "num_attention_heads": 4,
         "image_size": recipe.image_size,
         "patch_size": recipe.patch_size,
+        "initializer_range": recipe.vision_hidden_size**-0.5,
     }
     text = {
         "model_type": "llama",
@@ -200,6 +201,7 @@ def build_model(recipe: EmbeddedRecipe, processor: Idefics3Processor) -> Idefics
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 4096,
+        "initializer_range": recipe.hidden_size**-0.5,
         **ids,
     }
     config = Idefics3Config(
@@ -210,7 +212,11 @@ def build_model(recipe: EmbeddedRecipe, processor: Idefics3Processor) -> Idefics
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return Idefics3ForConditionalGeneration(config)
+    model = Idefics3ForConditionalGeneration(config)
+    # Reading never shows the action tokens; at the usual 0.02 their embeddings would drown in the residual stream, and
+    # a critic could hardly tell one action from the other.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
+    return model
 
 
 def _corpus() -> list[str]:
