@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a vision-language model into a Gym Cards player, from play that may be bad: SFT, filtered cloning, VLMQ.
+
+    accelerate launch examples/train_gym_cards.py --config examples/configs/demo.yaml
+    accelerate launch examples/train_gym_cards.py --game Blackjack --method vlmq --policy random --episodes 10000
+    accelerate launch examples/train_gym_cards.py --game EZPoints --policy flawed:0.6 --use_peft \
+        --lora_target_modules q_proj v_proj --learning_rate 1e-4 --max_steps 2000 \
+        --model_name_or_path HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+
+Every argument can stand on the command line or in the YAML file. Without `--model_name_or_path` a tiny model is built
+first, which reads the game's pictures and cannot play. All methods train on the same data; each is evaluated on the
+same validation episodes while it trains and keeps its best weights; the final test plays other episodes. It ends with
+a before/after table, and writes `results.json`, `learning_curve.png` and each method's model to `output_dir`.
+"""
+
+import copy
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import gymnasium
+import matplotlib
+import numpy as np
+import torch
+import transformers
+import trl
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+import vlmq_trl
+from vlmq_trl import (
+    AgentFormat,
+    EmbeddedRecipe,
+    VLMQConfig,
+    VLMQTrainer,
+    collect_demonstrations,
+    evaluate_model,
+    filter_top_returns,
+    load_embedded_model,
+    load_trajectories,
+    make_demonstrator,
+    validate_trajectories,
+    wilson_interval,
+)
+from vlmq_trl.callbacks import EnvEvaluationCallback
+from vlmq_trl.modeling import load_pretrained
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
+METHODS = ("sft", "filtered_bc", "vlmq")
+
+# Defaults of this script where they differ from TRL's; the command line and the YAML file override them.
+DEFAULTS: dict[str, Any] = {"output_dir": "runs/gym_cards", "save_strategy": "no", "eval_steps": 50}
+CPU_DEFAULTS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+# For the embedded model, whose few weights are trained whole.
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "bf16": False,
+    "activation_checkpointing": False,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 32,
+    "max_steps": 600,
+    "target_tau": 0.05,
+    "max_completion_length": 96,
+}
+
+
+@dataclass
+class GymCardsArguments:
+    """What this script adds to `VLMQConfig` (also used for the baselines' training) and TRL's `ModelConfig`."""
+
+    game: str = field(default="NumberLine", metadata={"help": "Game to play.", "choices": list(GAMES)})
+    method: list[str] = field(
+        default_factory=lambda: ["sft", "vlmq"],
+        metadata={
+            "help": "One or several methods, trained one after the other on the same data.",
+            "choices": list(METHODS),
+        },
+    )
+    policy: str = field(
+        default="random",
+        metadata={
+            "help": "Who plays the data: random, expert, flawed:0.6 (that share of the actions is systematically "
+            "wrong), or a mixture such as expert=0.2,random=0.8."
+        },
+    )
+    episodes: int = field(default=1000, metadata={"help": "Episodes of data to collect."})
+    collection_seed: int = field(default=0, metadata={"help": "Seed of the first collected episode."})
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Trajectory dataset (a folder or parquet file) to use instead of collecting."}
+    )
+    top_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the episodes, the best by return, that filtered_bc clones."}
+    )
+    test_episodes: int = field(default=500, metadata={"help": "Fresh episodes of the final test, greedy."})
+    sampled_test_episodes: int | None = field(
+        default=None, metadata={"help": "The same, sampled at temperature 1; as many as greedy by default."}
+    )
+    before_episodes: int = field(
+        default=100, metadata={"help": "Of these, played by the model before training; 0: it is not tested."}
+    )
+    test_seed: int = field(default=2_000_000, metadata={"help": "Seed of the test's first episode."})
+    embedded_steps: int | None = field(
+        default=None, metadata={"help": "Reading lessons of the embedded model, in optimiser steps; default: its own."}
+    )
+
+    def __post_init__(self):
+        # What comes from a YAML file has not been checked against `choices`.
+        if self.game not in GAMES:
+            raise ValueError(f"`game` is {self.game!r}; choose one of {', '.join(GAMES)}.")
+        self.method = [self.method] if isinstance(self.method, str) else list(self.method)
+        for method in self.method:
+            if method not in METHODS:
+                raise ValueError(f"`method` has {method!r}; choose among {', '.join(METHODS)}.")
+        if not self.method or len(set(self.method)) != len(self.method):
+            raise ValueError(f"`method` is {self.method}; name one or several different methods.")
+        make_demonstrator(self.env_id, self.policy)  # raises for a policy that it does not know
+        for name in ("episodes", "test_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"`top_fraction` is {self.top_fraction}; it must lie in (0, 1].")
+        if self.dataset_path is not None and not Path(self.dataset_path).exists():
+            raise ValueError(f"`dataset_path`: there is nothing at {self.dataset_path}.")
+        if self.sampled_test_episodes is None:
+            self.sampled_test_episodes = self.test_episodes
+
+    @property
+    def env_id(self) -> str:
+        return f"vlmq_trl/{self.game}-v0"
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[GymCardsArguments, VLMQConfig, ModelConfig]:
+    """Command line (default `sys.argv`) and YAML file to dataclasses; exits with a message if they make no sense."""
+    defaults = {**DEFAULTS, **({} if torch.cuda.is_available() else CPU_DEFAULTS)}
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def once(defaults: dict[str, Any]) -> tuple[GymCardsArguments, VLMQConfig, ModelConfig]:
+        # 200 arguments in a usage line would bury the message of an error.
+        usage = "%(prog)s [--config FILE.yaml] [--argument value ...]; --help lists them all"
+        parser = TrlParser([GymCardsArguments, VLMQConfig, ModelConfig], usage=usage)
+        parser.set_defaults_with_config(**defaults)
+        try:
+            parsed = parser.parse_args_and_config(args=argv)
+            check_episodes(parsed[0], parsed[1])
+            return parsed
+        except (ValueError, TypeError, OSError) as error:
+            parser.error(str(error))
+
+    script, args, model_config = once(defaults)
+    if model_config.model_name_or_path is None:
+        script, args, model_config = once({**defaults, **EMBEDDED_DEFAULTS})
+    args.eval_strategy = "no"  # the callback evaluates, for every method alike
+    args.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "dtype": model_config.dtype,
+        "attn_implementation": model_config.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    return script, args, model_config
+
+
+def check_episodes(script: GymCardsArguments, args: VLMQConfig) -> None:
+    """Raises ValueError unless the validation comes at whole steps, and no episode serves two purposes."""
+    if args.eval_steps != int(args.eval_steps) or args.eval_steps < 1:
+        raise ValueError(f"`eval_steps` is {args.eval_steps}; it must be a whole number of optimiser steps.")
+    spans = [
+        (args.eval_seed, args.eval_episodes, "`eval_seed`"),
+        (script.test_seed, max(script.test_episodes, script.sampled_test_episodes), "`test_seed`"),
+    ]
+    if script.dataset_path is None:
+        spans.append((script.collection_seed, script.episodes, "`collection_seed`"))
+    spans.sort()
+    for (start, count, name), (following, _, other) in pairwise(spans):
+        if start + count > following:
+            raise ValueError(
+                f"{name} {start} and its {count} episodes run into {other} {following}: episodes are told apart by "
+                "seed, and none may serve two purposes. Move the seeds apart."
+            )
+
+
+def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = None) -> dict[str, Any]:
+    """Runs the whole example and returns what `results.json` holds.
+
+    Args:
+        argv: the command line; default `sys.argv`.
+        agent_format: how the agent sees and answers; default the game's own.
+    """
+    script, args, model_config = parse(argv)
+    quiet_bars()
+    say = print if args.process_index == 0 else lambda *_: None
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    with args.main_process_first(desc="model and data"):
+        model_name = model_config.model_name_or_path or embedded_model(script)
+        dataset = load_data(script, agent_format)
+    index = validate_trajectories(dataset, decode_images="none")
+    successes = int(index.success.sum())
+    low, high = wilson_interval(successes, len(index))
+    data = {
+        "played_by": f"{script.policy} play" if script.dataset_path is None else Path(script.dataset_path).name,
+        "episodes": len(index),
+        "turns": len(dataset),
+        "successes": successes,
+        "success_rate": successes / len(index),
+        "success_rate_low": low,
+        "success_rate_high": high,
+    }
+    level = percent(data["success_rate"])
+    say(f"Data: {len(index):,} episodes, {len(dataset):,} turns, {level} of the episodes succeed.")
+
+    before = None
+    if script.before_episodes:
+        say("Testing the model before training ...")
+        model = load_pretrained(model_name, **args.model_init_kwargs).to(args.device)
+        processor = AutoProcessor.from_pretrained(model_name, revision=model_config.model_revision)
+        before = test_model(model, processor, script, args, agent_format, at_most=script.before_episodes)
+        del model
+
+    results = {
+        "game": script.game,
+        "model": model_name,
+        "data": data,
+        "before": before,
+        "methods": {},
+        "arguments": {f.name: getattr(script, f.name) for f in fields(script)},
+        "training_arguments": json.loads(args.to_json_string()),
+        "versions": {m.__name__: m.__version__ for m in (vlmq_trl, torch, transformers, trl, datasets)},
+    }
+    for method in script.method:
+        say(f"Training {method} ...")
+        results["methods"][method] = train(method, model_name, dataset, script, args, model_config, agent_format)
+        if args.process_index == 0:  # after each method, so that a run cut short leaves what it has
+            (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            plot_learning_curve(results, output / "learning_curve.png")
+    say("\n" + table(results))
+    say(f"\nResults, learning curve and models: {output}/")
+    return results
+
+
+def embedded_model(script: GymCardsArguments) -> str:
+    """Directory of the embedded model that reads this game."""
+    steps = {} if script.embedded_steps is None else {"steps": script.embedded_steps}
+    return load_embedded_model(EmbeddedRecipe(games=(script.game,), **steps))
+
+
+def load_data(script: GymCardsArguments, agent_format: AgentFormat | None = None) -> datasets.Dataset:
+    """The trajectory dataset that all methods train on."""
+    if script.dataset_path is not None:
+        return load_trajectories(script.dataset_path)
+    return collect_demonstrations(
+        script.env_id,
+        policy=script.policy,
+        episodes=script.episodes,
+        seed=script.collection_seed,
+        agent_format=agent_format,
+    )
+
+
+def train(
+    method: str,
+    model_name: str,
+    dataset: datasets.Dataset,
+    script: GymCardsArguments,
+    args: VLMQConfig,
+    model_config: ModelConfig,
+    agent_format: AgentFormat | None = None,
+) -> dict[str, Any]:
+    """Trains one method, puts its best weights back, saves and tests it.
+
+    Returns:
+        `history` (validation, see `EnvEvaluationCallback`), `best_step`, `train_seconds`, and the test's `greedy` and
+        `sampled`.
+    """
+    args = copy.copy(args)
+    args.output_dir = os.path.join(args.output_dir, method)
+    sharded = is_deepspeed_zero3_enabled() or bool(args.fsdp)
+    evaluation = EnvEvaluationCallback(
+        script.env_id,
+        eval_steps=int(args.eval_steps),
+        episodes=args.eval_episodes,
+        seed=args.eval_seed,
+        temperature=args.eval_temperature,
+        num_envs=args.eval_num_envs,
+        max_completion_length=args.max_completion_length,
+        agent_format=agent_format,
+        keep_best=not sharded,
+    )
+    kwargs = {
+        "args": args,
+        "callbacks": [evaluation, TrainingBar(method, evaluation)],
+        "peft_config": get_peft_config(model_config),
+        "quantization_config": get_quantization_config(model_config),
+    }
+    if method == "vlmq":
+        trainer = VLMQTrainer(model_name, train_dataset=dataset, **kwargs)
+    elif method == "filtered_bc":
+        best = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
+        trainer = SFTTrainer(model_name, train_dataset=best, **kwargs)
+    else:
+        trainer = SFTTrainer(model_name, train_dataset=dataset, **kwargs)
+    # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if not sharded:
+        evaluation.restore_best(trainer.model)
+    trainer.save_model(args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    result = {
+        "history": evaluation.history,
+        "best_step": evaluation.best["step"] if not sharded else evaluation.history[-1]["step"],
+        "train_seconds": evaluation.history[-1]["train_seconds"],
+        **test_model(model, trainer.processing_class, script, args, agent_format),
+    }
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def test_model(
+    model: Any,
+    processor: Any,
+    script: GymCardsArguments,
+    args: VLMQConfig,
+    agent_format: AgentFormat | None = None,
+    at_most: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Plays the test episodes: `greedy` and `sampled` results of `evaluate_model`, with `successes` and `seconds`.
+
+    In Points24 also `solvable`, the number of solvable hands, and `solvable_success_rate` with its interval.
+    """
+    results = {}
+    for name, temperature, episodes in (
+        ("greedy", 0.0, script.test_episodes),
+        ("sampled", 1.0, script.sampled_test_episodes),
+    ):
+        episodes = episodes if at_most is None else min(episodes, at_most)
+        start = time.perf_counter()
+        played = evaluate_model(
+            model,
+            processor,
+            script.env_id,
+            episodes=episodes,
+            seed=script.test_seed,
+            temperature=temperature,
+            num_envs=args.eval_num_envs,
+            max_completion_length=args.max_completion_length,
+            agent_format=agent_format,
+        )
+        played["successes"] = round(played["success_rate"] * episodes)
+        played["seconds"] = time.perf_counter() - start
+        if script.game == "Points24":
+            played["solvable"] = count_solvable(script.env_id, episodes, script.test_seed)
+            low, high = wilson_interval(played["successes"], played["solvable"])
+            played["solvable_success_rate"] = played["successes"] / max(1, played["solvable"])
+            played["solvable_success_rate_low"], played["solvable_success_rate_high"] = low, high
+        results[name] = played
+    return results
+
+
+def count_solvable(env_id: str, episodes: int, seed: int) -> int:
+    """Hands with a solution among the episodes that start with the seeds `seed`, `seed + 1`, ..."""
+    env = gymnasium.make(env_id).unwrapped
+    count = 0
+    for episode in range(episodes):
+        env.reset(seed=seed + episode)
+        count += env.solvable
+    return count
+
+
+class TrainingBar(TrainerCallback):
+    """One progress bar a method, with the latest and the best validation success."""
+
+    def __init__(self, method: str, evaluation: EnvEvaluationCallback):
+        self.method, self.evaluation = method, evaluation
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, desc=self.method, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        best, last = self.evaluation.best, self.evaluation.history[-1]
+        self.bar.set_postfix_str(
+            f"success {percent(last['success_rate'])}, best {percent(best['success_rate'])} at {best['step']}",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The before/after table: success with 95 % intervals, greedy and sampled, one line a method."""
+    data, before = results["data"], results["before"]
+    rows = [
+        (f"the data ({data['played_by']})", None, data, ""),
+        *([("before training", before["greedy"], before["sampled"], "")] if before else []),
+        *(
+            (name, run["greedy"], run["sampled"], f"step {run['best_step']}, {run['train_seconds']:.0f} s")
+            for name, run in results["methods"].items()
+        ),
+    ]
+    blocks = [("", "success_rate")]
+    if results["game"] == "Points24":
+        blocks.append((", of the hands that can be solved", "solvable_success_rate"))
+    lines = []
+    for what, key in blocks:
+        lines += [
+            *([""] if lines else []),
+            f"{results['game']}: success with its 95 % interval{what}",
+            f"{'':<30}{'greedy':<26}{'sampled':<26}trained",
+        ]
+        for name, *columns, note in rows:
+            if all(c is None or key not in c for c in columns):
+                continue
+            cells = [
+                f"{percent(c[key]):>7}  ({100 * c[key + '_low']:.1f} to {100 * c[key + '_high']:.1f})"
+                if c is not None and key in c
+                else f"{'-':>5}"
+                for c in columns
+            ]
+            lines.append(f"{name:<30}{cells[0]:<26}{cells[1]:<26}{note}".rstrip())
+    return "\n".join(lines)
+
+
+def plot_learning_curve(results: dict[str, Any], path: Path) -> None:
+    """Validation success with its 95 % band against optimiser steps; the data's own level dashed."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
+    for name, run in results["methods"].items():
+        steps = [record["step"] for record in run["history"]]
+        success = 100 * np.array([[record[k] for record in run["history"]] for k in ("success_rate", "low", "high")])
+        (line,) = axes.plot(steps, success[0], marker="o", markersize=3, label=name)
+        axes.fill_between(steps, success[1], success[2], color=line.get_color(), alpha=0.2, linewidth=0)
+    data = results["data"]
+    axes.axhline(100 * data["success_rate"], linestyle="--", color="0.4", label=f"the data ({data['played_by']})")
+    axes.set(xlabel="optimiser steps", ylabel="success in % (validation)", ylim=(-3, 103), title=results["game"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def quiet_bars() -> None:
+    """Switches off the libraries' own progress bars (loading weights, writing shards, ...)."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/`: the Gym Cards script from its command line to table, curve, results and saved models; its errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import PIL.Image
+import pytest
+import yaml
+from transformers import AutoModelForImageTextToText
+
+from examples import train_gym_cards
+from tests import tiny_models
+from vlmq_trl import (
+    AutoModelForImageTextToTextWithValueHead,
+    callbacks,
+    collect_demonstrations,
+    save_trajectories,
+)
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+SMALL = {
+    "episodes": 12,
+    "max_steps": 2,
+    "eval_steps": 1,
+    "eval_episodes": 3,
+    "test_episodes": 6,
+    "before_episodes": 4,
+    "per_device_train_batch_size": 2,
+    "max_completion_length": 2,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def model_name(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model, processor = tiny_models.build("idefics3")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+def flags(**arguments):
+    argv = []
+    for name, value in arguments.items():
+        argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return argv
+
+
+def test_all_methods_side_by_side(model_name, tmp_path, capsys):
+    methods = ["sft", "filtered_bc", "vlmq"]
+    argv = flags(model_name_or_path=model_name, output_dir=tmp_path, method=methods, disable_tqdm=True, **SMALL)
+    results = train_gym_cards.main(argv)
+
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("NumberLine: success") :].splitlines()
+    assert [line.split("  ")[0] for line in lines[2:7]] == ["the data (random play)", "before training", *methods]
+    assert "(" in lines[3] and " to " in lines[3]  # an interval
+
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved == json.loads(json.dumps(results))
+    assert saved["data"]["episodes"] == 12 and saved["before"]["sampled"]["episodes"] == 4
+    seen = set()
+    for method in methods:
+        run = saved["methods"][method]
+        assert [record["step"] for record in run["history"]] == [0, 1, 2]
+        assert run["greedy"]["episodes"] == run["sampled"]["episodes"] == 6
+        assert run["greedy"]["success_rate_low"] <= run["greedy"]["success_rate"] <= run["greedy"]["success_rate_high"]
+        seen.add((run["history"][0]["success_rate"], run["history"][0]["mean_return"]))
+    assert len(seen) == 1  # the same model plays the same validation episodes before every method
+
+    with PIL.Image.open(tmp_path / "learning_curve.png") as picture:
+        assert picture.width > 600 and len(picture.convert("RGB").getcolors(2**24)) > 20
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "sft")
+    AutoModelForImageTextToTextWithValueHead.from_pretrained(tmp_path / "vlmq")
+
+
+def test_lora_from_a_file_and_an_existing_dataset(model_name, tmp_path):
+    data = collect_demonstrations("vlmq_trl/Points24-v0", policy="flawed:0.3", episodes=6, progress=False)
+    save_trajectories(data, tmp_path / "data")
+    config = {
+        **SMALL,
+        "game": "Points24",
+        "method": "vlmq",
+        "dataset_path": str(tmp_path / "data"),
+        "before_episodes": 0,
+        "model_name_or_path": model_name,
+        "use_peft": True,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "test_episodes": 30,
+        "sampled_test_episodes": 2,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--config", str(tmp_path / "config.yaml"), *flags(max_steps=2, disable_tqdm=True)]
+    results = train_gym_cards.main(argv)
+    run = results["methods"]["vlmq"]
+    assert run["history"][-1]["step"] == 2  # the command line wins over the file
+    assert results["before"] is None and results["data"]["episodes"] == 6
+    env = gymnasium.make("vlmq_trl/Points24-v0").unwrapped
+    solvable = [env.reset(seed=seed) and env.solvable for seed in range(2_000_000, 2_000_030)]
+    assert run["greedy"]["solvable"] == sum(solvable) < 30 and run["greedy"]["solvable_success_rate"] == 0
+    assert (tmp_path / "out" / "vlmq" / "adapter_model.safetensors").is_file()
+    assert "of the hands that can be solved" in train_gym_cards.table(results)
+
+
+def test_best_weights_are_the_ones_that_are_tested(model_name, tmp_path, monkeypatch):
+    evaluations = iter([0.0, 0.75, 0.5])
+    played = callbacks.evaluate_model
+
+    def evaluate_model(*args, **kwargs):
+        return {**played(*args, **kwargs), "success_rate": next(evaluations)}
+
+    monkeypatch.setattr(callbacks, "evaluate_model", evaluate_model)
+    arguments = {**SMALL, "before_episodes": 0, "method": "sft", "output_dir": tmp_path, "disable_tqdm": True}
+    results = train_gym_cards.main(flags(model_name_or_path=model_name, **arguments))
+    assert results["methods"]["sft"]["best_step"] == 1
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_files_are_understood(config):
+    script, args, _ = train_gym_cards.parse(["--config", str(config)])
+    wanted = yaml.safe_load(config.read_text())
+    assert script.game == wanted["game"] and args.max_steps == wanted["max_steps"]
+    assert args.learning_rate == wanted["learning_rate"]
+
+
+def test_defaults_depend_on_the_model(model_name):
+    _, embedded, _ = train_gym_cards.parse([])
+    _, given, _ = train_gym_cards.parse(["--model_name_or_path", model_name])
+    assert embedded.learning_rate == 2e-3 and given.learning_rate == 2e-5
+    _, chosen, _ = train_gym_cards.parse(["--learning_rate", "1e-4"])
+    assert chosen.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--game", "Chess"], "--game: invalid choice: 'Chess'"),
+        (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
+        (["--method", "sft", "sft"], "name one or several different methods"),
+        (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
+        (["--episodes", "0"], "`episodes` is 0; it must be at least 1"),
+        (["--episodes", "many"], "--episodes: invalid int value: 'many'"),
+        (["--top_fraction", "2"], "`top_fraction` is 2.0; it must lie in (0, 1]"),
+        (["--dataset_path", "/nowhere"], "`dataset_path`: there is nothing at /nowhere"),
+        (["--gamma", "1.5"], "`gamma=1.5`: it must lie in [0, 1]"),
+        (["--eval_steps", "0.5"], "`eval_steps` is 0.5; it must be a whole number of optimiser steps"),
+        (["--test_seed", "1000100"], "`eval_seed` 1000000 and its 200 episodes run into `test_seed` 1000100"),
+        (["--episodes", "1000001"], "`collection_seed` 0 and its 1000001 episodes run into `eval_seed`"),
+        (["--nonsense", "1"], "['--nonsense', '1']"),
+        (["--config", "/nowhere.yaml"], "No such file or directory: '/nowhere.yaml'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_end_with_a_message(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_gym_cards.parse(argv)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and len(printed) < 500
+
+
+def test_a_bad_value_in_a_file_ends_with_a_message(tmp_path, capsys):
+    for text, message in (("game: Chess", "`game` is 'Chess'"), ("gmae: NumberLine", "gmae"), ("- 1", "YAML mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(SystemExit):
+            train_gym_cards.parse(["--config", str(tmp_path / "bad.yaml")])
+        assert message in capsys.readouterr().err
+
+
+def test_the_script_runs_as_a_script(model_name, tmp_path):
+    arguments = {**SMALL, "before_episodes": 0, "method": "vlmq", "max_steps": 1, "output_dir": tmp_path}
+    command = [sys.executable, "examples/train_gym_cards.py", *flags(model_name_or_path=model_name, **arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "NumberLine: success with its 95 % interval" in done.stdout
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
