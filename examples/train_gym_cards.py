@@ -17,6 +17,7 @@ import copy
 import gc
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -120,6 +121,10 @@ class GymCardsArguments:
         default=100, metadata={"help": "Of these, played by the model before training; 0: it is not tested."}
     )
     test_seed: int = field(default=2_000_000, metadata={"help": "Seed of the test's first episode."})
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={"help": "Keep the vision tower's weights, whatever the method: it sees already, and it is cheaper."},
+    )
     embedded_steps: int | None = field(
         default=None, metadata={"help": "Reading lessons of the embedded model, in optimiser steps; default: its own."}
     )
@@ -307,19 +312,24 @@ def train(
         agent_format=agent_format,
         keep_best=not sharded,
     )
-    kwargs = {
-        "args": args,
-        "callbacks": [evaluation, TrainingBar(method, evaluation)],
-        "peft_config": get_peft_config(model_config),
-        "quantization_config": get_quantization_config(model_config),
-    }
-    if method == "vlmq":
-        trainer = VLMQTrainer(model_name, train_dataset=dataset, **kwargs)
-    elif method == "filtered_bc":
-        best = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
-        trainer = SFTTrainer(model_name, train_dataset=best, **kwargs)
-    else:
-        trainer = SFTTrainer(model_name, train_dataset=dataset, **kwargs)
+    if method == "filtered_bc":
+        dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
+    model = load_pretrained(
+        model_name, quantization_config=get_quantization_config(model_config), **args.model_init_kwargs
+    )
+    args.model_init_kwargs = None  # applied above
+    if script.freeze_vision_tower:
+        for name, parameter in model.named_parameters():
+            if re.search("vision|visual", name):
+                parameter.requires_grad_(False)
+    trainer_class = VLMQTrainer if method == "vlmq" else SFTTrainer
+    trainer = trainer_class(
+        model,
+        args=args,
+        train_dataset=dataset,
+        callbacks=[evaluation, TrainingBar(method, evaluation)],
+        peft_config=get_peft_config(model_config),
+    )
     # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
