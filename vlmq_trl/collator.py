@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From rows of a trajectory dataset to padded tensors: segments, their bootstrap states, one batch.
 
-`SegmentSampler` orders the rows so that each segment's turns are neighbours, `SegmentDataset` reads a batch of rows and
-sees which of them follow one another, `VLMQDataCollator` turns them into tensors through TRL's own collator.
+`SegmentSampler` orders the rows so that each segment's turns are neighbours, `SegmentDataset` reads a batch of rows
+and sees which of them follow one another, `VLMQDataCollator` turns them into tensors through TRL's own collator.
 
-A batch of `per_device_train_batch_size` turns is R rows with a completion, then one completion-free row for each segment
-that needs a bootstrap state. A batch boundary may cut a segment: its halves simply become two segments.
+A batch of `per_device_train_batch_size` turns is R rows with a completion, then one completion-free row for each
+segment that needs a bootstrap state. A batch boundary may cut a segment: its halves simply become two segments.
 
 Axes: B rows of the batch (R turns, then the bootstrap rows), T tokens, S segments, A action tokens.
 """
@@ -89,7 +89,9 @@ class SegmentDataset(TorchDataset):
         ends = [i + 1 == len(rows) or not follows[i + 1] for i in range(len(rows))]
         ends = [end and self.with_bootstrap for end in ends]
         next_rows = [
-            r + 1 for r, end in zip(rows, ends, strict=True) if end and not index.terminated[r] and not index.truncated[r]
+            r + 1
+            for r, end in zip(rows, ends, strict=True)
+            if end and not index.terminated[r] and not index.truncated[r]
         ]
         records = self._read(rows + next_rows)
         following = iter(records[len(rows) :])
@@ -210,15 +212,15 @@ class VLMQDataCollator:
         if (counts == 0).any():
             row = items[int((counts == 0).nonzero()[0])]["row"]
             raise ValueError(
-                f"Row {row}, column `completion`: it renders to no token, so there is no action to learn from. Drop the "
-                "row, or use a chat template that ends an assistant message with an end-of-turn token."
+                f"Row {row}, column `completion`: it renders to no token, so there is no action to learn from. Drop "
+                "the row, or use a chat template that ends an assistant message with an end-of-turn token."
             )
         lengths = attention_mask[: len(items)].sum(1)
         if self.max_length is not None and (lengths > self.max_length).any():
             i = int(lengths.argmax())
             raise ValueError(
-                f"Row {items[i]['row']} is {int(lengths[i])} tokens long, over `max_length={self.max_length}`. Cutting it "
-                "would lose the turn's end, which carries the reward: raise `max_length`, or set it to None."
+                f"Row {items[i]['row']} is {int(lengths[i])} tokens long, over `max_length={self.max_length}`. "
+                "Cutting it would lose its end, which carries the reward: raise `max_length`, or set it to None."
             )
 
     def _behavior_log_probs(self, items: list[dict[str, Any]], counts: torch.Tensor) -> torch.Tensor:
@@ -234,4 +236,3 @@ class VLMQDataCollator:
             # Text that the chat template adds after the end of turn was never sampled.
             packed += recorded + [math.nan] * (count - len(recorded))
         return torch.tensor(packed, dtype=torch.float32)
-

@@ -4,13 +4,13 @@ normalisation of the targets.
 
 Two kinds (`CriticConfig.critic_type`):
 
-- `"scalar"`: Q(s_t, a_t) from the hidden state *after* a_t is consumed, V(s_t) from the one before it. No unseen action
-  is ever queried.
+- `"scalar"`: Q(s_t, a_t) from the hidden state *after* a_t is consumed, V(s_t) from the one before it. No unseen
+  action is ever queried.
 - `"vocab"`: Q(s_t, .) over the vocabulary, factorised hidden -> rank -> vocabulary, so that a vocabulary of 150,000
   costs megabytes; V(s_t) = sum_a pi(a|s_t) Q(s_t, a).
 
-Heads speak in units of the normalised targets: (G - mean) / std. When the running mean and standard deviation move, the
-last layers are rescaled so that the values they stand for stay put (PopArt, arXiv 1602.07714, section 2.2).
+Heads speak in units of the normalised targets: (G - mean) / std. When the running mean and standard deviation move,
+the last layers are rescaled so that the values they stand for stay put (PopArt, arXiv 1602.07714, section 2.2).
 
 Axes: A action tokens, D hidden size, N critics, R rank, V vocabulary. Everything is float32, whatever the backbone is.
 """
@@ -90,6 +90,7 @@ class ScalarHeads(nn.Module):
 
     def __init__(self, config: CriticConfig):
         super().__init__()
+        assert config.hidden_size is not None
         self.q = EnsembleHead(config.hidden_size, config.critic_hidden_size, config.num_critics)
         self.v = EnsembleHead(config.hidden_size, config.critic_hidden_size, config.num_critics)
 
@@ -103,6 +104,7 @@ class VocabHeads(nn.Module):
 
     def __init__(self, config: CriticConfig):
         super().__init__()
+        assert config.hidden_size is not None and config.vocab_size is not None
         self.down = nn.Linear(config.hidden_size, config.num_critics * config.critic_rank)
         self.up = nn.Parameter(torch.empty(config.num_critics, config.vocab_size, config.critic_rank))
         self.bias = nn.Parameter(torch.zeros(config.num_critics))
@@ -117,7 +119,7 @@ class VocabHeads(nn.Module):
         return (features * self.up[:, tokens].transpose(0, 1)).sum(-1) + self.bias
 
     def expected(self, features: Tensor, probabilities: Tensor) -> Tensor:
-        """sum_a pi(a|s) Q(s, a): features [A, N, R], probabilities [A, V] -> [A, N], no [A, N, V] tensor on the way."""
+        """sum_a pi(a|s) Q(s, a): features [A, N, R], probabilities [A, V] -> [A, N], with no [A, N, V] tensor."""
         return (features * torch.einsum("av,nvr->anr", probabilities, self.up)).sum(-1) + self.bias
 
     @torch.no_grad()
@@ -143,7 +145,9 @@ class Critic(nn.Module):
     def __init__(self, config: CriticConfig):
         super().__init__()
         if not config.hidden_size or (config.critic_type == "vocab" and not config.vocab_size):
-            raise ValueError("`CriticConfig` needs the backbone's `hidden_size`, and `vocab_size` for the vocab critic.")
+            raise ValueError(
+                "`CriticConfig` needs the backbone's `hidden_size`, and `vocab_size` for the vocab critic."
+            )
         self.config = config
         self.online = ScalarHeads(config) if config.critic_type == "scalar" else VocabHeads(config)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
@@ -174,7 +178,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def update_moments(self, batch_sum: Tensor, batch_square_sum: Tensor, batch_count: Tensor, rate: float) -> None:
-        """Moves the running moments by `rate` in (0, 1] towards those of a batch of targets; an empty one moves nothing.
+        """Moves the running moments by `rate` in (0, 1] towards those of a batch of targets, if it has any.
 
         Args:
             batch_sum, batch_square_sum, batch_count: scalars over the batch's targets, in reward units.

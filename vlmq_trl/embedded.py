@@ -146,7 +146,9 @@ def build_embedded_model(
         lessons = [_Lesson.collect(game, recipe.states, recipe.seed + 1, processor, progress) for game in recipe.games]
         _teach(model, lessons, recipe, progress)
         # Seeds that the lessons never saw.
-        exams = [_Lesson.collect(game, 300, recipe.seed + 1_000_003, processor, progress=False) for game in recipe.games]
+        exams = [
+            _Lesson.collect(game, 300, recipe.seed + 1_000_003, processor, progress=False) for game in recipe.games
+        ]
         accuracy = {game: _reading_accuracy(model, exam) for game, exam in zip(recipe.games, exams, strict=True)}
     poor = {game: a for game, a in accuracy.items() if a < recipe.required_accuracy}
     if poor:
@@ -240,9 +242,9 @@ def _corpus() -> list[str]:
 
 
 def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """States that a mixture of expert and random play visits: `prompt`, `messages`, `image`, `reading` (up to the action)."""
+    """States that expert and random play visit: `prompt`, `messages`, `image`, `reading` (up to the action)."""
     env_id = f"vlmq_trl/{game}-v0"
-    env = gymnasium.make(env_id).unwrapped
+    env: Any = gymnasium.make(env_id).unwrapped
     agent_format = default_format(env)
     demonstrators = [make_demonstrator(env_id, policy) for policy in ("expert", "random")]
     rng = np.random.default_rng((seed, GAMES.index(game)))
@@ -267,7 +269,7 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 @dataclass
 class _Lesson:
-    """One game's states as tensors: `prompt_ids` is one row for all, `reading_ids` B lists, `pixels` [B, 3, H, W] uint8."""
+    """One game's states: `prompt_ids`, one row for all; `reading_ids`, B lists; `pixels` [B, 3, H, W] uint8."""
 
     game: str
     prompt_ids: list[int]

@@ -2,7 +2,8 @@
 """The mathematics of VLM Q-Learning (arXiv 2505.03181) as pure functions: tensors in, tensors out.
 
 Returns     `token_returns`, `trace_coefficients`
-Critic      `scalar_critic_loss`, `vocab_critic_loss`, `expectile_loss`, `aggregate_ensemble`, `normalize`, `denormalize`
+Critic      `scalar_critic_loss`, `vocab_critic_loss`, `expectile_loss`, `aggregate_ensemble`, `normalize`,
+            `denormalize`
 Policy      `advantages`, `filter_weights`, `policy_loss`
 
 Axes: S segments, L tokens of a segment (its turns one after the other), A action tokens of a batch, N critics of the
@@ -31,7 +32,7 @@ def token_returns(
 
     Args:
         rewards: [S, L] reward of each token (0 but on a turn's last token).
-        next_values: [S, L] V_target(s_{t+1}), the state that follows token t; its value where `discounts` is 0 is not used.
+        next_values: [S, L] V_target(s_{t+1}), the state that follows token t; not used where `discounts` is 0.
         discounts: [S, L] gamma_t: `token_gamma` inside a turn, `gamma` on its last token, 0 on a terminal token.
         lambdas: [S, L] lambda_t in [0, 1], with any off-policy trace multiplied in.
         mask: [S, L] True on real tokens; a prefix of each row.

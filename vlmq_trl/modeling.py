@@ -49,15 +49,15 @@ class ValueHeadOutput(ModelOutput):
         bootstrap_values: [number of True in `bootstrap_mask`, N] V_target of the bootstrap states, no gradient.
     """
 
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    is_top1: Tensor | None = None
-    q_values: Tensor | None = None
-    q_log_probs: Tensor | None = None
-    state_values: Tensor | None = None
-    target_q_values: Tensor | None = None
-    target_state_values: Tensor | None = None
-    bootstrap_values: Tensor | None = None
+    log_probs: Any = None
+    entropy: Any = None
+    is_top1: Any = None
+    q_values: Any = None
+    q_log_probs: Any = None
+    state_values: Any = None
+    target_q_values: Any = None
+    target_state_values: Any = None
+    bootstrap_values: Any = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         # Vocabulary entries that are projected at a time; bounds memory, never the result.
         self.vocab_chunk_size = 32768
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -17,7 +17,7 @@ from .trajectory import flatten_content
 
 
 def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Every token that ends an assistant's turn: the generation config's, the tokenizer's, and the chat template's own.
+    """Every token that ends an assistant's turn: the generation config's, the tokenizer's, the chat template's own.
 
     The template's is read off a rendered turn: many families close an assistant message with a token
     (`<end_of_utterance>`, `<|im_end|>`) that is not their `eos_token`.
@@ -43,8 +43,8 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
 class ModelPolicy:
     """Answers requests with a model's generations.
 
-    Greedy answers are deterministic, so equal requests are generated once and remembered for this object's life: make a
-    new one when the weights change.
+    Greedy answers are deterministic, so equal requests are generated once and remembered for this object's life: make
+    a new one when the weights change.
 
     Args:
         model: anything with `generate`.

@@ -155,7 +155,9 @@ class VLMQConfig(SFTConfig):
         self._require(self.off_policy_trace in TRACES, "off_policy_trace", f"must be one of {TRACES}")
         self._require(self.target_aggregation in ("mean", "min"), "target_aggregation", "must be 'mean' or 'min'")
         self._require(
-            self.critic_learning_rate is None or self.critic_learning_rate > 0, "critic_learning_rate", "must be positive"
+            self.critic_learning_rate is None or self.critic_learning_rate > 0,
+            "critic_learning_rate",
+            "must be positive",
         )
         self.critic_config()  # Checks the critic's own fields.
         if self.critic_coef == 0 and self.filter != "none":

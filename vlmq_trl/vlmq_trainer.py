@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerControl
 from transformers.integrations import TensorBoardCallback
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -88,6 +88,7 @@ class VLMQTrainer(SFTTrainer):
 
     model: AutoModelForImageTextToTextWithValueHead
     args: VLMQConfig
+    control: TrainerControl
 
     def __init__(
         self,
@@ -328,7 +329,7 @@ class VLMQTrainer(SFTTrainer):
         critic = self.model.critic
         critic.update_target(self.args.target_tau)
         sums = self.accelerator.reduce(self._target_sums, reduction="sum")
-        critic.update_moments(*sums, rate=self.args.target_norm_rate)
+        critic.update_moments(sums[0], sums[1], sums[2], self.args.target_norm_rate)
         self._target_sums.zero_()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -451,7 +452,8 @@ class VLMQTrainer(SFTTrainer):
             self._last_log = (now, tokens)
         if "advantage" in recorded:
             critic = self.model.critic
-            logs[f"{prefix}target_mean"], logs[f"{prefix}target_std"] = critic.target_mean.item(), critic.target_std.item()
+            logs[f"{prefix}target_mean"] = critic.target_mean.item()
+            logs[f"{prefix}target_std"] = critic.target_std.item()
             for name in ("advantage", "value"):
                 for q, x in zip(QUANTILES, _quantiles(recorded[name]), strict=True):
                     logs[f"{prefix}{name}_q{round(100 * q):02d}"] = x
@@ -531,4 +533,3 @@ def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
 
 def _quantiles(x: Tensor) -> list[float]:
     return np.quantile(x.numpy(), QUANTILES).tolist()
-
