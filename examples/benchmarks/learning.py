@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning benchmark: Gym Cards settings x methods x seeds, and ablations on NumberLine.
+
+    python examples/benchmarks/learning.py                       # all that is missing (hours), then the report
+    python examples/benchmarks/learning.py --only 'EZPoints/*' --seeds 0
+    python examples/benchmarks/learning.py --list                # what is done and what is not
+    python examples/benchmarks/learning.py --report-only         # docs/results.md and README.md from what is there
+
+A run is one method on one setting with one seed: `examples/train_gym_cards.py` in a process of its own, then one JSON
+file under `examples/benchmarks/results/`. A file whose arguments are the present ones is not computed again. The seed
+decides the data, the training and the test episodes; the embedded model is the same throughout. Weights are selected
+on validation episodes, the figures come from other, fresh ones.
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.benchmarks.common import (
+    PAGE,
+    RESULTS,
+    ROOT,
+    clock,
+    describe,
+    machine,
+    markdown_table,
+    read_json,
+    run_workers,
+    versions,
+    write_json,
+    write_section,
+)
+from vlmq_trl.metrics import wilson_interval
+
+SEEDS = (0, 1, 2)
+
+# Arguments of `train_gym_cards.py`: of all runs, of each setting, of each method, of a method in a setting.
+# The later wins.
+COMMON: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 32,
+    "target_tau": 0.05,
+    "token_lambda": 0.95,
+    "value_expectile": 0.8,
+    "filter": "binary",
+    "conservative_coef": 0.1,
+    "test_episodes": 1000,
+    "before_episodes": 0,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "NumberLine": {
+        "title": "NumberLine, random play",
+        "known": "RL4VLM with a 7B model: 89.4; CoSo, 7B: 100; the limit: 100.",
+        "arguments": {
+            "game": "NumberLine",
+            "policy": "random",
+            "episodes": 1000,
+            "max_steps": 600,
+            "eval_steps": 50,
+            "eval_episodes": 200,
+            "max_completion_length": 48,
+        },
+        "methods": {},
+    },
+    "Blackjack": {
+        "title": "Blackjack, random play",
+        "known": "RL4VLM with a 7B model: 40.2; CoSo, 7B: 41.5; optimal play: about 43.",
+        "arguments": {
+            "game": "Blackjack",
+            "policy": "random",
+            "episodes": 10000,
+            "max_steps": 1500,
+            "eval_steps": 100,
+            "eval_episodes": 2000,
+            "max_completion_length": 64,
+            "test_episodes": 10000,
+            "sampled_test_episodes": 2000,
+        },
+        "methods": {},
+    },
+    "EZPoints": {
+        "title": "EZPoints, 60 % of the actions systematically wrong",
+        "known": "RL4VLM with a 7B model: 50.0; the limit: 100.",
+        "arguments": {
+            "game": "EZPoints",
+            "policy": "flawed:0.6",
+            "episodes": 3000,
+            "max_steps": 1500,
+            "eval_steps": 100,
+            "eval_episodes": 300,
+            "max_completion_length": 64,
+        },
+        "methods": {},
+    },
+    "Points24": {
+        "title": "Points24, 30 % of the actions systematically wrong",
+        "known": "RL4VLM with a 7B model: 2.3; GTR-Turbo, 7B: 53.5; the limit: about 73, the solvable hands.",
+        "arguments": {
+            "game": "Points24",
+            "policy": "flawed:0.3",
+            "episodes": 6000,
+            "max_steps": 3000,
+            "eval_steps": 200,
+            "eval_episodes": 300,
+            "max_completion_length": 80,
+        },
+        "methods": {},
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "sft": {"method": "sft", "before_episodes": 300},
+    "filtered_bc": {"method": "filtered_bc", "top_fraction": 0.1},
+    "vlmq_scalar": {"method": "vlmq", "critic_type": "scalar"},
+    "vlmq_vocab": {"method": "vlmq", "critic_type": "vocab"},
+}
+NAMES = {
+    "sft": "SFT",
+    "filtered_bc": "filtered cloning, best tenth",
+    "vlmq_scalar": "VLMQ, scalar critic",
+    "vlmq_vocab": "VLMQ, vocabulary-wide critic",
+}
+# On NumberLine. What is not said is as in its `vlmq_scalar`.
+SCALAR, VOCAB = METHODS["vlmq_scalar"], METHODS["vlmq_vocab"]
+LONG = {"max_completion_length": 128}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "long_sft": {**METHODS["sft"], **LONG, "before_episodes": 0},
+    "long_token_lambda_0": {**SCALAR, **LONG, "token_lambda": 0.0},
+    "long_token_lambda_0.95": {**SCALAR, **LONG, "token_lambda": 0.95},
+    "filter_none": {**SCALAR, "filter": "none"},
+    "filter_exp": {**SCALAR, "filter": "exp"},
+    "value_expectile_0.5": {**SCALAR, "value_expectile": 0.5},
+    "vocab_conservative_0": {**VOCAB, "conservative_coef": 0.0},
+}
+# Title, then lines: the name in the table, the run.
+ABLATION_TABLES: list[tuple[str, list[tuple[str, str]]]] = [
+    (
+        "A chain of thought about 60 tokens longer",
+        [
+            ("SFT", "long_sft"),
+            ("`token_lambda` 0", "long_token_lambda_0"),
+            ("`token_lambda` 0.95", "long_token_lambda_0.95"),
+        ],
+    ),
+    ("Filter", [("`none`", "filter_none"), ("`binary`", "vlmq_scalar"), ("`exp`", "filter_exp")]),
+    ("Expectile of V", [("0.5", "value_expectile_0.5"), ("0.8", "vlmq_scalar")]),
+    (
+        "Conservative term of the vocabulary-wide critic",
+        [("without (0)", "vocab_conservative_0"), ("with (0.1)", "vlmq_vocab")],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the benchmark with one seed."""
+
+    setting: str
+    variant: str  # of METHODS or, on NumberLine, of ABLATIONS
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.variant}/{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.setting / f"{self.variant}-seed{self.seed}.json"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `train_gym_cards.py`."""
+        setting = SETTINGS[self.setting]
+        if self.variant in ABLATIONS:
+            own = {**setting["methods"].get("vlmq_scalar", {}), **ABLATIONS[self.variant]}
+        else:
+            own = {**METHODS[self.variant], **setting["methods"].get(self.variant, {})}
+        return {
+            **COMMON,
+            **setting["arguments"],
+            **own,
+            "seed": self.seed,
+            "collection_seed": 100_000 * self.seed,
+            "test_seed": 2_000_000 + 100_000 * self.seed,
+        }
+
+    @property
+    def argv(self) -> list[str]:
+        return [text for name, value in self.arguments.items() for text in (f"--{name}", str(value))]
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured; None if nothing was, or with other arguments than the present ones."""
+        found = read_json(self.path)
+        return found if found is not None and found["arguments"] == self.arguments else None
+
+
+def all_runs() -> list[Run]:
+    """Seed by seed, so that the first figures for everything come early."""
+    variants = [(setting, method) for setting in SETTINGS for method in METHODS]
+    variants += [("NumberLine", ablation) for ablation in ABLATIONS]
+    return [Run(setting, variant, seed) for seed in SEEDS for setting, variant in variants]
+
+
+# ---- one run, in a process of its own ----
+
+
+def long_format() -> Any:
+    """NumberLine's own format, with a truthful and neutral text of about 60 tokens before the thought."""
+    from vlmq_trl import CallableFormat, make_format
+    from vlmq_trl.envs import NumberLine
+
+    base = make_format("json_cot", reading_fields=NumberLine.reading_fields)
+
+    def render(action: str, reading: dict[str, str], thoughts: str) -> str:
+        text = (
+            f"current number is {reading['current number']}, target number is {reading['target number']}. "
+            "- moves the current number down by one, + moves it up by one. The game ends at the target number "
+            f"{reading['target number']}."
+        )
+        return base.render(action, reading, f"{text} {thoughts}")
+
+    return CallableFormat(render_fn=render, base=base)
+
+
+def work(name: str) -> None:
+    """Computes one run and writes its JSON."""
+    from examples import train_gym_cards
+
+    setting, variant, seed = name.split("/")
+    run = Run(setting, variant, int(seed))
+    start = time.perf_counter()
+    output = ROOT / "runs" / "benchmarks" / name
+    argv = [*run.argv, "--output_dir", str(output), "--disable_tqdm", "true"]
+    found = train_gym_cards.main(argv, long_format() if variant.startswith("long_") else None)
+    (measured,) = found["methods"].values()
+    write_json(
+        run.path,
+        {
+            "run": name,
+            "command": f"python examples/benchmarks/learning.py --only {setting}/{variant} --seeds {seed}",
+            "arguments": run.arguments,
+            "machine": machine(),
+            "versions": versions(),
+            "wall_seconds": time.perf_counter() - start,
+            "data": found["data"],
+            "before": found["before"],
+            **measured,
+        },
+    )
+
+
+def prepare(runs: list[Run]) -> None:
+    """Builds the embedded models that the runs need, one after the other and before they all want them at once."""
+    from examples import train_gym_cards
+
+    for game in dict.fromkeys(run.arguments["game"] for run in runs):
+        script, _, _ = train_gym_cards.parse(["--game", game])
+        train_gym_cards.embedded_model(script)
+
+
+# ---- the report ----
+
+
+def pooled(results: list[dict[str, Any]], mode: str, solvable: bool = False) -> dict[str, float] | None:
+    """Over seeds: the rate of all episodes together, Wilson's 95 % interval of it, the worst and the best seed."""
+    tests = [result[mode] for result in results]
+    if not tests:
+        return None
+    counts = [(test["successes"], test["solvable" if solvable else "episodes"]) for test in tests]
+    successes, episodes = map(sum, zip(*counts, strict=True))
+    low, high = wilson_interval(successes, episodes)
+    rates = [s / n for s, n in counts]
+    return {
+        "rate": successes / episodes,
+        "low": low,
+        "high": high,
+        "worst": min(rates),
+        "best": max(rates),
+        "episodes": episodes,
+        "seeds": len(tests),
+    }
+
+
+def cells(level: dict[str, float] | None) -> list[str]:
+    """Two cells: rate with its interval, and the range over seeds."""
+    if level is None:
+        return ["–", "–"]
+    return [
+        f"**{100 * level['rate']:.1f}** ({100 * level['low']:.1f}–{100 * level['high']:.1f})",
+        f"{100 * level['worst']:.1f}–{100 * level['best']:.1f}" + ("" if level["seeds"] == len(SEEDS) else " *"),
+    ]
+
+
+def finished(setting: str, variant: str) -> list[dict[str, Any]]:
+    return [r for seed in SEEDS if (r := Run(setting, variant, seed).result()) is not None]
+
+
+def as_test(data: dict[str, Any]) -> dict[str, Any]:
+    return {"sampled": {"successes": data["successes"], "episodes": data["episodes"]}}
+
+
+def line(name: str, results: list[dict[str, Any]], solvable: bool = False) -> list[str]:
+    """A row of a setting's table."""
+    row = [name, *cells(pooled(results, "greedy", solvable)), *cells(pooled(results, "sampled", solvable))]
+    steps = ", ".join(str(r["best_step"]) for r in results)
+    return [*row, steps, clock(sum(r["train_seconds"] for r in results) / len(results)) if results else ""]
+
+
+HEADER = ["", "greedy, %", "seeds", "sampled, %", "seeds", "best step", "training"]
+
+
+def setting_section(setting: str) -> str:
+    described, by_method = SETTINGS[setting], {method: finished(setting, method) for method in METHODS}
+    some = next((results for results in by_method.values() if results), None)
+    if some is None:
+        return ""
+    arguments = described["arguments"]
+    data = pooled([as_test(r["data"]) for r in some], "sampled")
+    before = [r["before"] for r in by_method["sft"] if r["before"]]
+    rows = [["the data", "–", "–", *cells(data), "", ""]]
+    if before:
+        rows.append(["before training", *cells(pooled(before, "greedy")), *cells(pooled(before, "sampled")), "", ""])
+    rows += [line(NAMES[method], results) for method, results in by_method.items()]
+    text = (
+        f"### {described['title']}\n\n{arguments['episodes']:,} episodes of data. Known figures, greedy or nearly so: "
+        f"{described['known']}\n\n{markdown_table(HEADER, rows)}\n"
+    )
+    if setting == "Points24":
+        rows = [line(NAMES[method], results, solvable=True) for method, results in by_method.items()]
+        text += f"\nOf the hands that have a solution:\n\n{markdown_table(HEADER, rows)}\n"
+    return text
+
+
+def ablation_section() -> str:
+    parts = []
+    for title, lines in ABLATION_TABLES:
+        rows = [line(name, finished("NumberLine", run)) for name, run in lines]
+        if any(finished("NumberLine", run) for _, run in lines):
+            parts.append(markdown_table([title, *HEADER[1:]], rows))
+    return "### Ablations on NumberLine\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def target_section() -> str:
+    """What was to be reached, greedy, and whether it was."""
+    rows = []
+
+    def verdict(reached: bool) -> str:
+        return "reached" if reached else "**missed**"
+
+    for setting, target in (("NumberLine", 0.98), ("Blackjack", 0.415), ("EZPoints", 0.85)):
+        level = pooled(finished(setting, "vlmq_scalar"), "greedy")
+        if level is not None:
+            wanted = f"{setting}: VLMQ, scalar critic, at least {100 * target:g} %"
+            rows.append([wanted, f"{100 * level['rate']:.1f}", verdict(level["rate"] >= target)])
+    for setting in ("EZPoints", "Points24"):
+        ours = pooled(finished(setting, "vlmq_scalar"), "greedy")
+        others = [pooled(finished(setting, method), "greedy") for method in ("sft", "filtered_bc")]
+        if ours is not None and None not in others:
+            margin = ours["rate"] - max(other["rate"] for other in others)
+            apart = all(ours["low"] > other["high"] for other in others)
+            rows.append(
+                [
+                    f"{setting}: 10 points over SFT and filtered cloning, intervals apart",
+                    f"{100 * margin:+.1f}, intervals {'apart' if apart else 'overlap'}",
+                    verdict(margin >= 0.10 and apart),
+                ]
+            )
+    results = finished("NumberLine", "sft")
+    if results:
+        data, sft = pooled([as_test(r["data"]) for r in results], "sampled"), pooled(results, "sampled")
+        rows.append(
+            [
+                "NumberLine: SFT stays at its data's level (sampled, within 5 points)",
+                f"{100 * sft['rate']:.1f} against {100 * data['rate']:.1f}",
+                verdict(abs(sft["rate"] - data["rate"]) <= 0.05),
+            ]
+        )
+    return "### Targets\n\n" + markdown_table(["target", "measured", ""], rows) if rows else ""
+
+
+def report() -> None:
+    """Writes the generated parts of docs/results.md and README.md, and docs/learning_curves.png."""
+    done = [result for run in all_runs() if (result := run.result()) is not None]
+    sections = [target_section(), *map(setting_section, SETTINGS), ablation_section()]
+    text = "Nothing has been measured yet: run `make bench`."
+    if done:
+        machines = sorted({describe(r["machine"]) for r in done})
+        used = done[-1]["versions"]
+        hours = sum(r["wall_seconds"] for r in done) / 3600
+        text = (
+            f"{len(done)} of {len(all_runs())} runs, {hours:.1f} hours of computing, on: {'; '.join(machines)}. "
+            + ", ".join(f"{name} {number}" for name, number in used.items())
+            + ".\n\nSuccess in %: all seeds' test episodes together, with Wilson's 95 % interval, and in the column "
+            f"beside it the worst and the best of the {len(SEEDS)} seeds (*: not all are done). `best step` is where "
+            "each seed's validation was best; `training` is the mean time (minutes:seconds) of all optimiser steps.\n\n"
+            "![Learning curves](learning_curves.png)\n\n" + "\n\n".join(filter(None, sections))
+        )
+        plot(ROOT / "docs" / "learning_curves.png")
+    write_section(PAGE, "learning", text)
+    write_section(ROOT / "README.md", "learning", summary())
+
+
+def summary() -> str:
+    """The README's table: greedy success of each method in each setting."""
+    variants = ["sft", "filtered_bc", "vlmq_scalar", "vlmq_vocab"]
+    rows = []
+    for setting, described in SETTINGS.items():
+        levels = [pooled(finished(setting, variant), "greedy") for variant in variants]
+        if not any(levels):
+            continue
+        some = next(r for variant in variants if (r := finished(setting, variant)))
+        data = pooled([as_test(r["data"]) for r in some], "sampled")
+        shown = [f"{100 * level['rate']:.1f}" if level else "–" for level in levels]
+        rows.append([described["title"], f"{100 * data['rate']:.1f}", *shown])
+    if not rows:
+        return "The table appears here once `make bench` has run."
+    header = ["success in %, greedy", "the data", "SFT", "filtered cloning", "VLMQ", "VLMQ, vocabulary-wide"]
+    return markdown_table(header, rows)
+
+
+def plot(path: Path) -> None:
+    """Validation success of every method in every setting: mean over seeds, with the range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), dpi=110)
+    for axes, (setting, described) in zip(panels.flat, SETTINGS.items(), strict=True):
+        for method in METHODS:
+            results = finished(setting, method)
+            if not results:
+                continue
+            steps = [record["step"] for record in results[0]["history"]]
+            rates = 100 * np.array([[record["success_rate"] for record in r["history"]] for r in results])
+            (curve,) = axes.plot(steps, rates.mean(0), label=NAMES[method])
+            axes.fill_between(steps, rates.min(0), rates.max(0), color=curve.get_color(), alpha=0.2, linewidth=0)
+            data = pooled([as_test(r["data"]) for r in results], "sampled")
+        if axes.lines:
+            axes.axhline(100 * data["rate"], linestyle="--", color="0.4", label="the data")
+            axes.legend(fontsize=8)
+        axes.set(title=described["title"], xlabel="optimiser steps", ylabel="success in %")
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ---- command line ----
+
+
+def main() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="runs as SETTING/VARIANT, may use *"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), choices=SEEDS)
+    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at once, each in a process of its own")
+    parser.add_argument("--list", action="store_true", help="show the runs and stop")
+    parser.add_argument("--report-only", action="store_true", help="write the report and stop")
+    parser.add_argument("--work", metavar="RUN", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work)
+        return 0
+    if options.report_only:
+        report()
+        return 0
+    runs = [
+        run
+        for run in all_runs()
+        if run.seed in options.seeds and any(fnmatch(f"{run.setting}/{run.variant}", p) for p in options.only)
+    ]
+    if not runs:
+        parser.error(f"no run matches {options.only}; see --list")
+    missing = [run for run in runs if run.result() is None]
+    if options.list:
+        for run in runs:
+            result, outdated = run.result(), run in missing and run.path.is_file()
+            state = f"greedy {100 * result['greedy']['success_rate']:5.1f} %" if result else "missing"
+            print(f"{run.name:<40}{'other arguments' if outdated else state}")
+        return 0
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done.")
+    failed = []
+    if missing:
+        prepare(missing)
+        commands = [(run.name, [str(Path(__file__).resolve()), "--work", run.name]) for run in missing]
+        by_name = {run.name: run for run in missing}
+        threads = max(1, cores // options.jobs)
+        ended = run_workers(commands, options.jobs, threads, ROOT / "runs" / "benchmarks" / "logs")
+        for count, (name, succeeded, seconds, log) in enumerate(ended, 1):
+            result = by_name[name].result() if succeeded else None
+            if result is None:
+                failed.append(name)
+                outcome = f"FAILED, see {log.relative_to(ROOT)}"
+            else:
+                outcome = ", ".join(f"{m} {100 * result[m]['success_rate']:.1f} %" for m in ("greedy", "sampled"))
+            print(f"[{count}/{len(missing)}] {name}: {outcome} ({clock(seconds)})", flush=True)
+            report()
+    report()
+    print(f"Report: {PAGE.relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
