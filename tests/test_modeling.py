@@ -418,6 +418,32 @@ def test_each_part_has_its_own_gradients(name, config):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
+@CRITICS
+def test_gradients_equal_the_dense_computation(name, config):
+    wrapped, batch, _ = build(name, config)
+    online = wrapped.critic.online
+
+    def gradients(log_probs, q_values, other):
+        wrapped.zero_grad()
+        (log_probs.sum() + q_values.square().sum() + 2 * other.sum()).backward()
+        return {k: p.grad.clone() for k, p in wrapped.named_parameters() if p.grad is not None}
+
+    out = wrapped(**batch)
+    own = gradients(out.log_probs, out.q_values, out.state_values if config is SCALAR else out.q_log_probs)
+    ref = dense(wrapped.pretrained_model, batch)
+    rows, tokens = torch.arange(len(ref["tokens"])), ref["tokens"]
+    if config is SCALAR:
+        q_values, other = online.q(ref["after"]), online.v(ref["before"])
+    else:
+        q = q_rows(online, ref["before"])
+        q_values, other = q[rows, :, tokens], q.log_softmax(-1)[rows, :, tokens]
+    expected = gradients(ref["log_probs"][rows, tokens], q_values, other)
+    assert own.keys() == expected.keys()
+    for k, grad in expected.items():
+        assert_close(own[k], grad, atol=1e-4 * max(1.0, float(grad.abs().max())), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_policy_gradient_equals_the_stock_loss(name):
     wrapped, batch, _ = build(name, SCALAR)
     base = wrapped.pretrained_model
