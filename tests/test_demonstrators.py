@@ -86,7 +86,7 @@ def test_thoughts():
     assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2"]) == "unused values: 10"
     assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2", "+", "10"]) == "unused values: none"
     dealt = {"dealer": ["K", "2"], "player": ["A", "6"]}
-    assert thoughts("vlmq_trl/Blackjack-v0", dealt) == "dealer shows 10, hand is soft 17"
+    assert thoughts("vlmq_trl/Blackjack-v0", dealt) == "dealer shows K, cards add up to 1, 7, hand is soft 17"
 
 
 @ids

@@ -4,7 +4,7 @@
 `load_embedded_model()` gives the directory of a stock Idefics3 checkpoint. The first call builds it (minutes on two
 cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
 full response up to its action (`... "action": "`): the state read aloud and the neutral thoughts that follow from it,
-in states that uniformly mixed expert and random play visits. No action is ever in a loss. The reading is verified on
+in states that expert, flawed and random play visit. No action is ever in a loss. The reading is verified on
 fresh states before the model is used, and the result is cached.
 
 What was left out: any download, any other task than reading these four games.
@@ -41,7 +41,7 @@ from .envs.demonstrators import make_demonstrator
 
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 # Optimiser steps that each game's reading takes, found by looking at the accuracy on fresh states.
-LESSON_STEPS = {"NumberLine": 120, "EZPoints": 500, "Points24": 900, "Blackjack": 800}
+LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 900, "Blackjack": 800}
 IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>"
@@ -74,7 +74,7 @@ class EmbeddedRecipe:
     steps: int | None = None
     batch_size: int = 48
     learning_rate: float = 2e-3
-    states: int = 3000
+    states: int = 6000
     required_accuracy: float = 0.95
     image_size: int = 128
     patch_size: int = 16
@@ -84,7 +84,7 @@ class EmbeddedRecipe:
     hidden_size: int = 192
     layers: int = 3
     vocab_size: int = 512
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self):
         unknown = set(self.games) - set(GAMES)
@@ -162,7 +162,7 @@ def build_embedded_model(
 def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
     """Image processor and own tokenizer: numbers, ranks and operators are tokens of their own, set phrases merge."""
     tokenizer = Tokenizer(models.BPE())
-    values = Regex(r"\b10\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|soft|hard|higher|lower|[\[\],]")
+    values = Regex(r"\b[1-3][0-9]\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|soft|hard|higher|lower|[\[\],]")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(values, "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -246,13 +246,13 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
     env_id = f"vlmq_trl/{game}-v0"
     env: Any = gymnasium.make(env_id).unwrapped
     agent_format = default_format(env)
-    demonstrators = [make_demonstrator(env_id, policy) for policy in ("expert", "random")]
+    demonstrators = [make_demonstrator(env_id, policy) for policy in ("expert", "flawed", "random")]
     rng = np.random.default_rng((seed, GAMES.index(game)))
     rows: list[dict[str, Any]] = []
     episode = 0
     while len(rows) < count:
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
-        demonstrator = demonstrators[episode % 2]
+        demonstrator = demonstrators[episode % len(demonstrators)]
         done, episode = False, episode + 1
         while not done:
             decision = demonstrator(env, rng)
@@ -262,7 +262,6 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
             prompt = "".join(part.get("text") or "" for message in messages for part in message["content"])
             rows.append({"prompt": prompt, "messages": messages, "image": observation["image"], "reading": reading})
             observation, _, terminated, truncated, _ = env.step(decision.action)
-            # Random play of the points games seldom says `=`; short of it, long formulas crowd out the rest.
             done = terminated or truncated
     return [rows[i] for i in rng.permutation(len(rows))[:count]]
 

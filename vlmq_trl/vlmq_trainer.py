@@ -369,11 +369,13 @@ class VLMQTrainer(SFTTrainer):
         """
         metrics: dict[str, float] = {}
         splits = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(splits, dict):
-            for name, split in splits.items():
-                metrics.update(super().evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}"))
-        elif splits is not None:
-            metrics.update(super().evaluate(splits, ignore_keys, metric_key_prefix))
+        named = splits.items() if isinstance(splits, dict) else [("", splits)] if splits is not None else []
+        device = self.args.device
+        for name, split in named:
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            # A data loader draws from torch's generator, which the training's dropout needs as it was.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                metrics.update(super().evaluate(split, ignore_keys, prefix))
         if self.eval_env is None:
             if not metrics:
                 raise ValueError("Nothing to evaluate: give the trainer an `eval_env` or an `eval_dataset`.")

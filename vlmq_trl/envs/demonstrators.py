@@ -164,8 +164,9 @@ def _thoughts(game: Any) -> str:
     if isinstance(game, PointsGame):
         return "unused values: " + (", ".join(map(str, game.unused())) or "none")
     total, usable = game.total()
-    value = card_value(game.dealer[0])
-    return f"dealer shows {'A' if value == 1 else value}, hand is {'soft' if usable else 'hard'} {total}"
+    sums = np.cumsum([card_value(rank) for rank in game.player]).tolist()
+    hand = f"{'soft' if usable else 'hard'} {total}"
+    return f"dealer shows {game.dealer[0]}, cards add up to {', '.join(map(str, sums))}, hand is {hand}"
 
 
 # Blackjack by dynamic programming over the infinite deck. Totals count an ace as 11 while `soft`.
