@@ -240,8 +240,22 @@ def test_a_half_precision_backbone_has_a_float32_critic(config):
     for field in ("log_probs", "q_values", "target_q_values", "target_state_values", "bootstrap_values"):
         assert half[field].dtype == torch.float32
         assert_close(half[field], full[field], atol=0.1, rtol=0.1)
+
+
+@CRITICS
+@torch.no_grad()
+def test_autocast_stops_at_the_critic(config):
+    wrapped, batch, _ = build("llama", config)
+    full = wrapped(**batch)
     with torch.autocast("cpu", torch.bfloat16):
-        assert wrapped(**batch).q_values.dtype == torch.float32
+        out, ref = wrapped(**batch), dense(wrapped.pretrained_model, batch)
+    assert (out.q_values - full.q_values).abs().max() > 1e-3  # The backbone did run in half precision.
+    online = wrapped.critic.online
+    if config is SCALAR:
+        expected = online.q(ref["after"])
+    else:
+        expected = q_rows(online, ref["before"])[torch.arange(len(ref["tokens"])), :, ref["tokens"]]
+    assert_close(out.q_values, expected, atol=1e-6, rtol=1e-5)
 
 
 # ---- chunks ----
