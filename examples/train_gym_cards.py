@@ -77,8 +77,9 @@ CPU_DEFAULTS: dict[str, Any] = {
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "activation_checkpointing": False,
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "constant",
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
     "per_device_train_batch_size": 32,
     "max_steps": 600,
     "target_tau": 0.05,
