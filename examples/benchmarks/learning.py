@@ -399,8 +399,8 @@ def report() -> None:
             + ", ".join(f"{name} {number}" for name, number in used.items())
             + ".\n\nSuccess in %: all seeds' test episodes together, with Wilson's 95 % interval, and in the column "
             f"beside it the worst and the best of the {len(SEEDS)} seeds (*: not all are done). `best step` is where "
-            "each seed's validation was best; `training` is the mean time (minutes:seconds) of all optimiser steps.\n\n"
-            "![Learning curves](learning_curves.png)\n\n" + "\n\n".join(filter(None, sections))
+            "each seed's validation was best; `training` is the mean time of all optimiser steps, in minutes:seconds."
+            "\n\n![Learning curves](learning_curves.png)\n\n" + "\n\n".join(filter(None, sections))
         )
         plot(ROOT / "docs" / "learning_curves.png")
     write_section(PAGE, "learning", text)

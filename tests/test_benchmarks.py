@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/benchmarks/`: worker processes, resumption, pooled figures, generated pages; on made-up results."""
+
+import json
+import re
+import time
+
+import pytest
+
+from examples import train_gym_cards
+from examples.benchmarks import common, learning, speed
+from tests import tiny_models
+
+MARKED = "# Page\n\n<!-- {0}: generated, do not edit -->\n\nold\n\n<!-- {0}: end -->\n\nafter\n"
+
+
+def test_section_is_replaced_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(MARKED.format("learning"))
+    for text in ("first\n", "second"):
+        common.write_section(page, "learning", text)
+    assert page.read_text() == MARKED.format("learning").replace("old", "second")
+    with pytest.raises(ValueError, match="must hold the lines '<!-- speed: generated, do not edit -->'"):
+        common.write_section(page, "speed", "text")
+
+
+def test_workers_run_side_by_side_and_a_crash_loses_one_only(tmp_path):
+    def command(seconds, code):
+        return [
+            "-c",
+            f"import os, sys, time; print(os.environ['OMP_NUM_THREADS']); time.sleep({seconds}); sys.exit({code})",
+        ]
+
+    commands = [("a/slow", command(4, 0)), ("a/crash", command(0, 3)), ("a/last", command(0, 0))]
+    start = time.perf_counter()
+    ended = list(common.run_workers(commands, jobs=2, threads=1, logs=tmp_path))
+    assert [(name, succeeded) for name, succeeded, _, _ in ended] == [
+        ("a/crash", False),
+        ("a/last", True),
+        ("a/slow", True),
+    ]
+    assert time.perf_counter() - start < 60
+    assert ended[0][3].read_text().strip() == "1"
+
+
+def test_clock_and_table():
+    assert [common.clock(s) for s in (0, 59.6, 61, 5025)] == ["0:00", "1:00", "1:01", "1:23:45"]
+    assert common.markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_pooled_figures():
+    results = [{"greedy": {"successes": s, "episodes": 10, "solvable": 8}} for s in (2, 4, 6)]
+    level = learning.pooled(results, "greedy")
+    assert level["rate"] == pytest.approx(12 / 30) and (level["worst"], level["best"]) == (0.2, 0.6)
+    # Wilson, p = 0.4, n = 30, z = 1.96: centre 0.4114, half-width 0.1650.
+    assert level["low"] == pytest.approx(0.2459, abs=1e-4) and level["high"] == pytest.approx(0.5768, abs=1e-4)
+    assert learning.cells(level) == ["**40.0** (24.6–57.7)", "20.0–60.0"]
+    assert learning.cells(learning.pooled(results[:1], "greedy"))[1] == "20.0–20.0 *"  # not all seeds
+    assert learning.pooled(results, "greedy", solvable=True)["rate"] == pytest.approx(12 / 24)
+    assert learning.pooled([], "greedy") is None
+
+
+def made_up(run, successes):
+    test = {"successes": successes, "episodes": 1000, "solvable": 750, "success_rate": successes / 1000}
+    return {
+        "run": run.name,
+        "arguments": run.arguments,
+        "machine": {"cpu": "abacus", "cores": 2, "memory_gb": 1, "gpu": None},
+        "versions": {"torch": "2"},
+        "wall_seconds": 60.0,
+        "data": {"successes": 280, "episodes": 1000},
+        "before": {"greedy": test, "sampled": test} if run.variant == "sft" else None,
+        "history": [{"step": s, "success_rate": s / 100} for s in (0, 50)],
+        "best_step": 50,
+        "train_seconds": 61.0,
+        "greedy": test,
+        "sampled": test,
+    }
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """The benchmark with its results and pages in a folder of the test's own."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(MARKED.format("learning") + MARKED.format("speed"))
+    (tmp_path / "README.md").write_text(MARKED.format("learning"))
+    for module in (learning, speed):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "results.md")
+    return tmp_path
+
+
+def test_runs_are_distinct_and_seeds_keep_apart():
+    runs = learning.all_runs()
+    assert len({run.name for run in runs}) == len({run.path for run in runs}) == len(runs)
+    first, second = (learning.Run("NumberLine", "sft", seed).arguments for seed in (0, 1))
+    assert first["collection_seed"] + first["episodes"] <= second["collection_seed"]
+    for run in runs:
+        script, args, _ = train_gym_cards.parse(run.argv)
+        assert script.game == run.setting and args.seed == run.seed
+    named = {run.variant for run in runs}
+    assert all(variant in named for _, lines in learning.ABLATION_TABLES for _, variant in lines)
+
+
+def test_a_finished_run_is_kept_unless_its_arguments_changed(pages, monkeypatch):
+    run = learning.Run("NumberLine", "sft", 0)
+    assert run.result() is None
+    common.write_json(run.path, made_up(run, 500))
+    assert run.result()["greedy"]["successes"] == 500
+    monkeypatch.setitem(learning.COMMON, "learning_rate", 0.5)
+    assert run.result() is None
+
+
+def test_report(pages):
+    wins = {"sft": 300, "filtered_bc": 320, "vlmq_scalar": 985, "vlmq_vocab": 700}
+    for setting in ("NumberLine", "Points24"):
+        for variant, successes in wins.items():
+            for seed in learning.SEEDS:
+                run = learning.Run(setting, variant, seed)
+                common.write_json(run.path, made_up(run, successes if setting == "NumberLine" else successes // 2))
+    learning.report()
+    page, readme = (pages / "docs" / "results.md").read_text(), (pages / "README.md").read_text()
+    assert "NumberLine: VLMQ, scalar critic, at least 98 % | 98.5 | reached" in page
+    assert (
+        "Points24: 10 points over SFT and filtered cloning, intervals apart | +33.2, intervals apart | reached" in page
+    )
+    assert "| SFT | **30.0** (28.4–31.7) | 30.0–30.0 | **30.0**" in page and "abacus, 2 cores" in page
+    assert "Of the hands that have a solution" in page and "| **65.6** (63.6–67.5) |" in page  # 492 of 750
+    assert "| NumberLine, random play | 28.0 | 30.0 | 32.0 | 98.5 | 70.0 |" in readme
+    assert "EZPoints" not in readme  # nothing there yet
+    assert (pages / "docs" / "learning_curves.png").stat().st_size > 10_000
+    missed = learning.Run("NumberLine", "vlmq_scalar", 0)
+    common.write_json(missed.path, made_up(missed, 900))
+    learning.report()
+    assert "at least 98 % | 95.7 | **missed**" in (pages / "docs" / "results.md").read_text()
+
+
+def test_one_run_writes_its_file(pages, monkeypatch, tmp_path):
+    model, processor = tiny_models.build("idefics3")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    small = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "episodes": 6,
+        "max_steps": 1,
+        "eval_steps": 1,
+        "eval_episodes": 2,
+        "test_episodes": 3,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 2,
+    }
+    for name, value in small.items():
+        monkeypatch.setitem(learning.SETTINGS["NumberLine"]["arguments"], name, value)
+    run = learning.Run("NumberLine", "filter_exp", 2)
+    learning.work(run.name)
+    result = run.result()
+    assert result["greedy"]["episodes"] == result["sampled"]["episodes"] == 3
+    assert [record["step"] for record in result["history"]] == [0, 1]
+    assert result["machine"]["cores"] >= 1 and result["versions"]["torch"] and result["wall_seconds"] > 0
+    assert result["command"] == "python examples/benchmarks/learning.py --only NumberLine/filter_exp --seeds 2"
+
+
+def test_long_chain_of_thought_is_truthful_and_parses():
+    fmt = learning.long_format()
+    reading = {"current number": "2", "target number": "4"}
+    response = fmt.render("+", reading, "target is higher than current")
+    answer = json.loads(response)
+    assert fmt.parse(response).action == answer["action"] == "+" and answer["current number"] == "2"
+    assert "current number is 2, target number is 4" in answer["thoughts"]
+    assert answer["thoughts"].endswith("target is higher than current")
+    assert fmt.render("-", reading, "x").replace('"-"', '"+"') == fmt.render("+", reading, "x")  # gives nothing away
+
+
+def test_speed_report(pages):
+    for critic, time_ratio, peak in (("scalar", 1.1, 1100.0), ("vocab", 1.3, 1200.0)):
+        common.write_json(
+            pages / "results" / "speed" / f"tiny-{critic}-cpu.json",
+            {
+                "model": "tiny",
+                "critic": critic,
+                "command": f"python speed.py --critic {critic}",
+                "machine": {"cpu": "abacus", "cores": 2, "threads": 2, "memory_gb": 1, "gpu": None},
+                "versions": {"torch": "2"},
+                "time": {
+                    "sft_seconds": [1.0, 2.0],
+                    "ratios": [time_ratio - 0.1, time_ratio + 0.1],
+                    "ratio": time_ratio,
+                },
+                "memory": {
+                    "sft": {"before_mb": 500.0, "peak_mb": 1000.0},
+                    "vlmq": {"before_mb": 500.0, "peak_mb": peak},
+                },
+            },
+        )
+    speed.report()
+    lines = [line for line in (pages / "docs" / "results.md").read_text().splitlines() if "CPU, 2 threads" in line]
+    assert re.search(r"\*\*1\.10\*\* \(1\.00–1\.20\) \| 1,000 MB \| \*\*1\.10\*\* \| 1\.20 \| reached", lines[0])
+    assert re.search(r"\*\*1\.30\*\* .* \*\*1\.20\*\* \| 1\.40 \| \*\*missed\*\*", lines[1])
+
+
+def test_speed_measures_on_equal_turns(monkeypatch):
+    assert len(speed.turns(24)) == 24
+    monkeypatch.setitem(speed.MODELS["tiny"], "batch", 2)
+    measured = speed.measure_time("tiny", "scalar", pairs=1, steps=3)
+    assert len(measured["ratios"]) == 1 and measured["ratio"] > 0 and measured["parameters"] > 2e6
+
+
+def test_padded_vocabulary(monkeypatch):
+    monkeypatch.setitem(speed.MODELS, "padded", {"recipe": {"layers": 1}, "vocab_size": 5000, "batch": 2})
+    model, processor = speed.build("padded")
+    assert model.lm_head.weight.shape == (5000, 192) and model.lm_head.weight is model.get_input_embeddings().weight
+    assert len(processor.tokenizer) < 600
