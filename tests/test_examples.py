@@ -135,9 +135,9 @@ def test_configuration_files_are_understood(config):
 def test_defaults_depend_on_the_model(model_name):
     _, embedded, _ = train_gym_cards.parse([])
     _, given, _ = train_gym_cards.parse(["--model_name_or_path", model_name])
-    assert embedded.learning_rate == 2e-3 and given.learning_rate == 2e-5
-    _, chosen, _ = train_gym_cards.parse(["--learning_rate", "1e-4"])
-    assert chosen.learning_rate == 1e-4
+    assert embedded.learning_rate == 1e-3 and given.learning_rate == 2e-5
+    _, chosen, _ = train_gym_cards.parse(["--learning_rate", "3e-4"])
+    assert chosen.learning_rate == 3e-4
 
 
 @pytest.mark.parametrize(
