@@ -19,7 +19,7 @@ from vlmq_trl.critic import Critic
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
 from vlmq_trl.policy import ModelPolicy, evaluate_model, stop_token_ids
 from vlmq_trl.rollout import Request, Response, play_episodes
-from vlmq_trl.trajectory import dataset_from_episodes
+from vlmq_trl.trajectory import concatenate_trajectories, dataset_from_episodes
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -224,6 +224,10 @@ def first_loss(tmp_path, dataset, **kwargs) -> float:
     return trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item()
 
 
+def segments(trainer, rows):
+    return trainer.get_train_dataloader().dataset.__getitems__(list(rows))
+
+
 def test_off_policy_traces(tmp_path):
     """Retrace is no trace where mu is far below pi, and tree-backup where mu is 1 or was not recorded."""
     rare, sure, unknown = (with_log_probs(value) for value in (-50.0, 0.0, None))
@@ -232,8 +236,13 @@ def test_off_policy_traces(tmp_path):
     assert abs(none - tree_backup) > 1e-3
     assert first_loss(tmp_path, rare, off_policy_trace="retrace") == pytest.approx(none, rel=1e-6)
     assert first_loss(tmp_path, sure, off_policy_trace="retrace") == pytest.approx(tree_backup, rel=1e-6)
-    with pytest.raises(ValueError, match="behavior_logprobs"):
-        first_loss(tmp_path, unknown, off_policy_trace="retrace")
+    # Where a part of the data was recorded, a batch without falls back to tree-backup.
+    mixed = concatenate_trajectories([sure, unknown])
+    trainer = make_trainer(tmp_path, name="llama", dataset=mixed, off_policy_trace="retrace", turn_lambda=0.9)
+    reference = make_trainer(tmp_path, name="llama", dataset=mixed, off_policy_trace="tree_backup", turn_lambda=0.9)
+    rows = range(len(sure), len(sure) + 6)
+    loss, expected = (t.compute_loss(t.model, t.data_collator(segments(t, rows))) for t in (trainer, reference))
+    assert loss.item() == expected.item()
 
 
 def test_retrace_trains(tmp_path):
@@ -532,9 +541,7 @@ def test_evaluation_leaves_no_trace():
     state = torch.get_rng_state()
 
     def play(**kwargs):
-        return evaluate_model(
-            model, processor, NUMBER_LINE, episodes=3, num_envs=2, max_completion_length=4, **kwargs
-        )
+        return evaluate_model(model, processor, NUMBER_LINE, episodes=3, num_envs=2, max_completion_length=4, **kwargs)
 
     assert play(temperature=1.0, seed=3) == play(temperature=1.0, seed=3)
     assert model.training and torch.equal(torch.get_rng_state(), state)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VLMQConfig`: TRL's `SFTConfig` and what VLM Q-Learning adds, in reading order."""
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from trl import SFTConfig
 
@@ -140,11 +142,17 @@ class VLMQConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, kind in VLMQConfig.__annotations__.items():
+            value = getattr(self, name)
+            if kind is int:
+                self._require(isinstance(value, Integral), name, "must be an integer")
+            elif kind is float:
+                self._require(isinstance(value, Real) and math.isfinite(value), name, "must be a finite number")
         for name in ("gamma", "token_gamma", "turn_lambda", "token_lambda"):
             self._require(0 <= getattr(self, name) <= 1, name, "must lie in [0, 1]")
         for name in ("segment_length", "eval_episodes", "eval_num_envs", "max_completion_length"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("critic_coef", "conservative_coef", "critic_warmup_steps", "eval_temperature"):
+        for name in ("critic_coef", "conservative_coef", "critic_warmup_steps", "eval_temperature", "eval_seed"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("filter_temperature", "filter_max_weight"):
             self._require(getattr(self, name) > 0, name, "must be positive")

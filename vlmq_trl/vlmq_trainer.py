@@ -36,7 +36,7 @@ from .modeling import (
     load_pretrained,
 )
 from .policy import evaluate_model
-from .rollout import EnvSpec
+from .rollout import EnvSpec, make_env
 from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
@@ -116,6 +116,13 @@ class VLMQTrainer(SFTTrainer):
         self._eval_indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
         for split in eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset]):
             self._index_of(split)
+        if args.off_policy_trace == "retrace" and not _has_log_probs(train_dataset):
+            raise ValueError(
+                "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
+                "data has `behavior_logprobs`. Choose 'tree_backup', which needs none."
+            )
+        if eval_env is not None:
+            make_env(eval_env).close()  # an unknown id or a broken factory shows now, not at the first evaluation
         self.eval_env, self.agent_format = eval_env, agent_format
         if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
             raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
@@ -288,7 +295,10 @@ class VLMQTrainer(SFTTrainer):
         next_values[is_segment_end] = padded[source]
 
         lambdas = torch.where(is_turn_end, args.turn_lambda, args.token_lambda)
-        trace = losses.trace_coefficients(output.log_probs, turns.get("behavior_log_probs"), args.off_policy_trace)
+        behavior = turns.get("behavior_log_probs")
+        if behavior is None:  # none recorded in this batch
+            behavior = torch.full_like(output.log_probs, torch.nan)
+        trace = losses.trace_coefficients(output.log_probs, behavior, args.off_policy_trace)
         if trace is not None:
             lambdas = lambdas * trace.roll(-1)
         returns = _over_segments(
@@ -531,6 +541,11 @@ def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
     mask = torch.zeros(shape, dtype=torch.bool, device=segment.device)
     mask[inverse, position] = True
     return losses.token_returns(mask=mask, **dense)[inverse, position]
+
+
+def _has_log_probs(dataset: Dataset) -> bool:
+    column = "behavior_logprobs"
+    return column in dataset.column_names and any(row is not None for row in dataset[column])
 
 
 def _quantiles(x: Tensor) -> list[float]:
