@@ -21,6 +21,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.benchmarks.common import (
@@ -41,9 +43,15 @@ from vlmq_trl.metrics import wilson_interval
 
 SEEDS = (0, 1, 2)
 
+# A third less time where the processor multiplies bfloat16 by itself; elsewhere it would be slower.
+FAST_BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+# Cloning is at its best within 300 steps in these settings, and only gets worse.
+SHORT_BASELINES: dict[str, dict[str, Any]] = {"sft": {"max_steps": 400}, "filtered_bc": {"max_steps": 400}}
+
 # Arguments of `train_gym_cards.py`: of all runs, of each setting, of each method, of a method in a setting.
 # The later wins.
 COMMON: dict[str, Any] = {
+    "bf16": FAST_BF16,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
@@ -86,7 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "test_episodes": 10000,
             "sampled_test_episodes": 2000,
         },
-        "methods": {},
+        "methods": SHORT_BASELINES,
     },
     "EZPoints": {
         "title": "EZPoints, 60 % of the actions systematically wrong",
@@ -100,7 +108,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "eval_episodes": 300,
             "max_completion_length": 64,
         },
-        "methods": {},
+        "methods": SHORT_BASELINES,
     },
     "Points24": {
         "title": "Points24, 30 % of the actions systematically wrong",
@@ -110,11 +118,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "policy": "flawed:0.3",
             "episodes": 6000,
             "max_steps": 1500,
-            "eval_steps": 100,
+            "eval_steps": 150,
             "eval_episodes": 300,
             "max_completion_length": 80,
         },
-        "methods": {},
+        "methods": SHORT_BASELINES,
     },
 }
 METHODS: dict[str, dict[str, Any]] = {
