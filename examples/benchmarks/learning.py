@@ -90,7 +90,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "max_steps": 750,
             "eval_steps": 100,
             "eval_episodes": 2000,
-            "max_completion_length": 64,
+            "max_completion_length": 96,
             "test_episodes": 10000,
             "sampled_test_episodes": 2000,
         },
