@@ -45,6 +45,7 @@ import vlmq_trl
 from vlmq_trl import (
     AgentFormat,
     EmbeddedRecipe,
+    EnvEvaluationCallback,
     VLMQConfig,
     VLMQTrainer,
     collect_demonstrations,
@@ -56,7 +57,6 @@ from vlmq_trl import (
     validate_trajectories,
     wilson_interval,
 )
-from vlmq_trl.callbacks import EnvEvaluationCallback
 from vlmq_trl.modeling import load_pretrained
 
 matplotlib.use("Agg")

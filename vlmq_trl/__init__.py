@@ -2,6 +2,7 @@
 """VLM Q-Learning for TRL: off-policy reinforcement learning that turns vision-language models into agents."""
 
 from .agent_format import AgentFormat, CallableFormat, JSONCoTFormat, JSONFormat, PlainFormat, make_format
+from .callbacks import EnvEvaluationCallback
 from .critic import Critic, CriticConfig
 from .embedded import EmbeddedRecipe, load_embedded_model
 from .envs import make_demonstrator
@@ -33,6 +34,7 @@ __all__ = [
     "Critic",
     "CriticConfig",
     "EmbeddedRecipe",
+    "EnvEvaluationCallback",
     "Episode",
     "EpisodeMetrics",
     "JSONCoTFormat",
