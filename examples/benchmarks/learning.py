@@ -266,13 +266,24 @@ def work(name: str) -> None:
     )
 
 
-def prepare(runs: list[Run]) -> None:
-    """Builds the embedded models that the runs need, one after the other and before they all want them at once."""
-    from examples import train_gym_cards
+def prepare(runs: list[Run]) -> list[Run]:
+    """Builds the embedded models that the runs need, one after the other and before they all want them at once.
 
+    Returns:
+        The runs that have their model: one that does not learn to read its game does not stop the other games.
+    """
+    from examples import train_gym_cards
+    from vlmq_trl.embedded import ReadingError
+
+    unread = set()
     for game in dict.fromkeys(run.arguments["game"] for run in runs):
         script, _, _ = train_gym_cards.parse(["--game", game])
-        train_gym_cards.embedded_model(script)
+        try:
+            train_gym_cards.embedded_model(script)
+        except ReadingError as error:
+            unread.add(game)
+            print(f"{game} is left out: {error}", flush=True)
+    return [run for run in runs if run.arguments["game"] not in unread]
 
 
 # ---- the report ----
@@ -502,8 +513,9 @@ def main() -> int:
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are done.")
     failed = []
     if missing:
-        prepare(missing)
-        commands = [(run.name, [str(Path(__file__).resolve()), "--work", run.name]) for run in missing]
+        ready = prepare(missing)
+        failed = [run.name for run in missing if run not in ready]
+        commands = [(run.name, [str(Path(__file__).resolve()), "--work", run.name]) for run in ready]
         by_name = {run.name: run for run in missing}
         threads = max(1, cores // options.jobs)
         ended = run_workers(commands, options.jobs, threads, ROOT / "runs" / "benchmarks" / "logs")
