@@ -55,7 +55,7 @@ def test_stock_trainer_is_evaluated_at_the_start_on_the_way_and_at_the_end(data,
         assert record["episodes"] == 3 and 0 <= record["low"] <= record["success_rate"] <= record["high"] <= 1
     # Two tokens cannot hold an answer: ten turns without a legal action, each costs 1.
     assert callback.history[0]["mean_return"] == -10 and callback.history[0]["valid_rate"] == 0
-    assert callback.best == callback.history[0]  # all equal: the earliest
+    assert callback.best == callback.history[-1]  # all equal: the latest
     logged = [entry for entry in trainer.state.log_history if "env_success_rate" in entry]
     assert [entry["step"] for entry in logged] == [0, 2, 3]
 
@@ -80,7 +80,7 @@ def play_back(monkeypatch, results):
     ("results", "best"),
     [
         ([(0.1, 0), (0.5, 0), (0.3, 9), (0.4, 9)], 1),
-        ([(0.1, 0), (0.5, 0), (0.5, 1), (0.5, 1)], 2),  # equal success: the higher return, then the earlier
+        ([(0.1, 0), (0.5, 1), (0.5, 1), (0.5, 0)], 2),  # equal success: the higher return, then the later
         ([(0.1, 0), (0.2, 0), (0.3, 0), (0.4, 0)], 3),
     ],
 )

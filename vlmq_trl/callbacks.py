@@ -43,7 +43,7 @@ class EnvEvaluationCallback(TrainerCallback):
         num_envs: environments played at once.
         max_completion_length: longest response in tokens.
         keep_best: hold a copy of the trainable parameters with the highest success rate (ties: the higher mean return,
-            then the earlier step) in CPU memory, for `restore_best`.
+            then the later step, whose policy is the surer one) in CPU memory, for `restore_best`.
         progress: show a bar over each evaluation's episodes.
 
     Attributes:
@@ -160,7 +160,7 @@ class EnvEvaluationCallback(TrainerCallback):
         }
         self._evaluating += seconds
         self.history.append(record)
-        if self.best is None or _rank(record) > _rank(self.best):
+        if self.best is None or _rank(record) >= _rank(self.best):
             self.best = record
             if self.keep_best:
                 self._keep(model)
