@@ -41,9 +41,9 @@ SEGMENT_LENGTH = 8
 TIME_TARGET, MEMORY_TARGET = 1.25, 1.15
 CRITICS = ("scalar", "vocab")
 
-# Size of the embedded architecture (`EmbeddedRecipe`), vocabulary, and turns in a batch.
+# Size of the embedded architecture (`EmbeddedRecipe`), vocabulary, turns in a batch, and steps of a timed run.
 MODELS: dict[str, dict[str, Any]] = {
-    "tiny": {"title": "the embedded model's size", "recipe": {}, "vocab_size": None, "batch": 32},
+    "tiny": {"title": "the embedded model's size", "recipe": {}, "vocab_size": None, "batch": 32, "steps": 8},
     "100m": {
         "title": "about 100 M parameters, vocabulary 150,000",
         "recipe": {
@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "vocab_size": 150_000,
         "batch": 16,
+        "steps": 4,
     },
     "2b": {
         "title": "about 2.5 B parameters in bf16 with LoRA, vocabulary 150,000",
@@ -67,6 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "vocab_size": 150_000,
         "batch": 16,
+        "steps": 8,
         "gpu": True,
     },
 }
@@ -277,12 +279,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--critic", nargs="+", default=list(CRITICS), choices=CRITICS)
     parser.add_argument("--pairs", type=int, default=5, help="pairs of runs in turn")
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a run; the first is not counted")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a run; the first is not counted")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--report-only", action="store_true", help="write the report and stop")
     parser.add_argument("--work", metavar="TASK", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.pairs < 1 or options.steps < 3:
+    if options.pairs < 1 or (options.steps is not None and options.steps < 3):
         parser.error("--pairs must be at least 1, --steps at least 3")
     if options.work:
         work(options.work, options.pairs, options.steps)
@@ -302,7 +304,7 @@ def main() -> int:
                 print(f"{name}, {critic}: done before.")
                 continue
             tasks = [f"time/{name}/{critic}", f"memory/{name}/sft", f"memory/{name}/{critic}"]
-            flags = ["--pairs", str(options.pairs), "--steps", str(options.steps)]
+            flags = ["--pairs", str(options.pairs), "--steps", str(options.steps or MODELS[name]["steps"])]
             commands = [(task, [str(Path(__file__).resolve()), "--work", task, *flags]) for task in tasks]
             logs = ROOT / "runs" / "benchmarks" / "logs"
             ended = run_workers(commands, jobs=1, threads=here["threads"], logs=logs)  # alone, to be timed
