@@ -47,8 +47,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/speed.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
 
 clean:
 	rm -rf .venv build dist out runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

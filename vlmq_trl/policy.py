@@ -146,10 +146,8 @@ def evaluate_model(
         max_completion_length=max_completion_length,
         batch_size=num_envs,
     )
-    was_training, checkpointing = model.training, model.is_activation_checkpointing
-    model.eval()
-    if checkpointing:  # it would switch the cache off
-        model.activation_checkpointing_disable()
+    was_training = model.training
+    model.eval()  # which suspends activation checkpointing too, and so leaves the cache on
     device = torch.device(model.device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -166,6 +164,4 @@ def evaluate_model(
                 )
             )
     finally:
-        if checkpointing:
-            model.activation_checkpointing_enable()
         model.train(was_training)
