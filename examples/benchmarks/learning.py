@@ -51,7 +51,6 @@ SHORT_BASELINES: dict[str, dict[str, Any]] = {"sft": {"max_steps": 400}, "filter
 # Arguments of `train_gym_cards.py`: of all runs, of each setting, of each method, of a method in a setting.
 # The later wins.
 COMMON: dict[str, Any] = {
-    "bf16": FAST_BF16,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
@@ -203,7 +202,8 @@ class Run:
 
     @property
     def argv(self) -> list[str]:
-        return [text for name, value in self.arguments.items() for text in (f"--{name}", str(value))]
+        arguments = {**self.arguments, "bf16": FAST_BF16}  # the machine's choice, so not a reason to compute again
+        return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
 
     def result(self) -> dict[str, Any] | None:
         """What was measured; None if nothing was, or with other arguments than the present ones."""
@@ -256,6 +256,7 @@ def work(name: str) -> None:
             "run": name,
             "command": f"python examples/benchmarks/learning.py --only {setting}/{variant} --seeds {seed}",
             "arguments": run.arguments,
+            "bf16": FAST_BF16,
             "machine": machine(),
             "versions": versions(),
             "wall_seconds": time.perf_counter() - start,
