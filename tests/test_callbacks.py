@@ -135,3 +135,24 @@ def test_errors():
         make_callback(eval_steps=0)
     with pytest.raises(RuntimeError, match="train first"):
         make_callback().restore_best(torch.nn.Linear(2, 2))
+
+
+def test_the_whole_critic_comes_back(data, tmp_path, monkeypatch):
+    play_back(monkeypatch, [(0.1, 0), (0.5, 0), (0.3, 0), (0.4, 0)])
+    model, processor = tiny_models.build("idefics3")
+    callback, seen = make_callback(eval_steps=1), []
+    args = arguments(tmp_path, VLMQConfig, target_tau=0.5)
+    trainer = VLMQTrainer(model, args, train_dataset=data, processing_class=processor, callbacks=[callback])
+    keep = callback._evaluate
+    monkeypatch.setattr(
+        callback,
+        "_evaluate",
+        lambda *a: (seen.append({k: v.clone() for k, v in trainer.model.critic.state_dict().items()}), keep(*a)),
+    )
+    trainer.train()
+    last = {k: v.clone() for k, v in trainer.model.critic.state_dict().items()}
+    assert callback.restore_best(trainer.model)["step"] == 1
+    for name, value in trainer.model.critic.state_dict().items():
+        assert torch.equal(value, seen[1][name])
+    assert not torch.equal(last["target_mean"], seen[1]["target_mean"])
+    assert any(not torch.equal(last[name], seen[1][name]) for name in last if name.startswith("target."))

@@ -42,8 +42,9 @@ class EnvEvaluationCallback(TrainerCallback):
         temperature: 0 is greedy.
         num_envs: environments played at once.
         max_completion_length: longest response in tokens.
-        keep_best: hold a copy of the trainable parameters with the highest success rate (ties: the higher mean return,
-            then the later step, whose policy is the surer one) in CPU memory, for `restore_best`.
+        keep_best: hold a copy of the trainable parameters (and of a whole critic) with the highest success rate (ties:
+            the higher mean return, then the later step, whose policy is the surer one) in CPU memory, for
+            `restore_best`.
         progress: show a bar over each evaluation's episodes.
 
     Attributes:
@@ -185,8 +186,12 @@ def _rank(record: dict[str, float]) -> tuple[float, float]:
     return record["success_rate"], record["mean_return"]
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: the trainable parameters, and all of a critic, whose target heads and running moments no
+    optimiser moves."""
+    changed = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    changed |= {name: x for name, x in model.state_dict().items() if name.startswith("critic.")}
+    return changed
 
 
 def _tensorboard_directory(args: TrainingArguments) -> Path:
