@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "eval_episodes": 200,
             "max_completion_length": 48,
         },
-        "methods": {},
+        "methods": {"vlmq_vocab": {"max_steps": 500}},  # it learns later, at about step 300
     },
     "Blackjack": {
         "title": "Blackjack, random play",
@@ -126,7 +126,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft", "before_episodes": 300},
     "filtered_bc": {"method": "filtered_bc", "top_fraction": 0.1},
     "vlmq_scalar": {"method": "vlmq", "critic_type": "scalar"},
-    "vlmq_vocab": {"method": "vlmq", "critic_type": "vocab"},
+    "vlmq_vocab": {"method": "vlmq", "critic_type": "vocab", "critic_learning_rate": 5e-3},
 }
 NAMES = {
     "sft": "SFT",
