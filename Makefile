@@ -12,6 +12,9 @@ WORKERS ?= 2
 THREADS ?= 2
 PYTEST_ARGS ?=
 
+# Waiting threads sleep: spinning ones slow everything tenfold as soon as another process wants a core.
+export OMP_WAIT_POLICY ?= passive
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAUNCH := $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
