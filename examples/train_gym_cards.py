@@ -128,6 +128,10 @@ class GymCardsArguments:
         default=True,
         metadata={"help": "Keep the vision tower's weights, whatever the method: it sees already, and it is cheaper."},
     )
+    stop_at_success: float | None = field(
+        default=None,
+        metadata={"help": "End a method's training once two validations in a row reach this success; default: never."},
+    )
     embedded_steps: int | None = field(
         default=None, metadata={"help": "Reading lessons of the embedded model, in optimiser steps; default: its own."}
     )
@@ -314,6 +318,7 @@ def train(
         max_completion_length=args.max_completion_length,
         agent_format=agent_format,
         keep_best=not sharded,
+        stop_at_success=script.stop_at_success,
     )
     if method == "filtered_bc":
         dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)

@@ -156,3 +156,16 @@ def test_the_whole_critic_comes_back(data, tmp_path, monkeypatch):
         assert torch.equal(value, seen[1][name])
     assert not torch.equal(last["target_mean"], seen[1]["target_mean"])
     assert any(not torch.equal(last[name], seen[1][name]) for name in last if name.startswith("target."))
+
+
+def test_training_ends_at_the_success_that_was_asked_for(data, tmp_path, monkeypatch):
+    play_back(monkeypatch, [(0.5, 0), (1.0, 0), (0.98, 0), (0.1, 0)])
+    model, processor = tiny_models.build("idefics3")
+    callback = make_callback(eval_steps=1, stop_at_success=0.98)
+    trainer = SFTTrainer(
+        model, arguments(tmp_path), train_dataset=data, processing_class=processor, callbacks=[callback]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2  # not at step 1, which may be luck
+    with pytest.raises(ValueError, match="stop_at_success"):
+        make_callback(stop_at_success=1.5)

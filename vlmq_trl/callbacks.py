@@ -45,6 +45,7 @@ class EnvEvaluationCallback(TrainerCallback):
         keep_best: hold a copy of the trainable parameters (and of a whole critic) with the highest success rate (ties:
             the higher mean return, then the later step, whose policy is the surer one) in CPU memory, for
             `restore_best`.
+        stop_at_success: end training once two evaluations in a row reach this success rate; None trains to the end.
         progress: show a bar over each evaluation's episodes.
 
     Attributes:
@@ -72,12 +73,16 @@ class EnvEvaluationCallback(TrainerCallback):
         max_completion_length: int = 256,
         agent_format: AgentFormat | None = None,
         keep_best: bool = True,
+        stop_at_success: float | None = None,
         progress: bool = False,
     ):
         for name, value in (("eval_steps", eval_steps), ("episodes", episodes), ("num_envs", num_envs)):
             if value < 1:
                 raise ValueError(f"`{name}={value}`: it must be at least 1.")
+        if stop_at_success is not None and not 0 < stop_at_success <= 1:
+            raise ValueError(f"`stop_at_success={stop_at_success}`: it must lie in (0, 1], or be None.")
         self.env, self.eval_steps, self.keep_best = env, eval_steps, keep_best
+        self.stop_at_success = stop_at_success
         self.play = {
             "episodes": episodes,
             "seed": seed,
@@ -135,6 +140,9 @@ class EnvEvaluationCallback(TrainerCallback):
     ) -> None:
         if state.global_step % self.eval_steps == 0:
             self._evaluate(args, state, kwargs)
+            last = [record["success_rate"] for record in self.history[-2:]]
+            if self.stop_at_success is not None and min(last) >= self.stop_at_success:
+                control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
