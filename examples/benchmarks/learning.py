@@ -50,7 +50,8 @@ FAST_BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_sup
 # The later wins.
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
+    "critic_learning_rate": 3e-3,
+    "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 20,
     "per_device_train_batch_size": 32,
     "target_tau": 0.05,
@@ -69,12 +70,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "game": "NumberLine",
             "policy": "random",
             "episodes": 1000,
-            "max_steps": 300,
+            "max_steps": 600,
             "eval_steps": 50,
             "eval_episodes": 200,
             "max_completion_length": 48,
         },
-        "methods": {"vlmq_vocab": {"max_steps": 500}},  # it learns later, at about step 300
+        "methods": {},
     },
     "Blackjack": {
         "title": "Blackjack, random play",
