@@ -85,7 +85,6 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "warmup_steps": 20,
     "per_device_train_batch_size": 32,
     "max_steps": 600,
-    "target_tau": 0.05,
     "max_completion_length": 96,
 }
 

@@ -51,7 +51,7 @@ class VLMQConfig(SFTConfig):
             Expectile of the scalar critic's V. 0.5 evaluates the data's policy, above it the better actions (IQL).
         conservative_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the vocabulary-wide critic's conservative term, within the critic's loss.
-        target_tau (`float`, *optional*, defaults to `0.01`):
+        target_tau (`float`, *optional*, defaults to `0.05`):
             Step of the target heads towards the online heads, each update.
         target_aggregation (`str`, *optional*, defaults to `"mean"`):
             `"mean"` or `"min"` over the ensemble in targets.
@@ -112,7 +112,7 @@ class VLMQConfig(SFTConfig):
     )
     value_expectile: float = field(default=0.8, metadata={"help": "Expectile of the scalar critic's V."})
     conservative_coef: float = field(default=0.1, metadata={"help": "Weight of the vocab critic's conservative term."})
-    target_tau: float = field(default=0.01, metadata={"help": "Polyak step of the target heads, each update."})
+    target_tau: float = field(default=0.05, metadata={"help": "Polyak step of the target heads, each update."})
     target_aggregation: str = field(
         default="mean", metadata={"help": "Over the ensemble, in targets.", "choices": ["mean", "min"]}
     )

@@ -54,7 +54,6 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 20,
     "per_device_train_batch_size": 32,
-    "target_tau": 0.05,
     "token_lambda": 0.95,
     "value_expectile": 0.8,
     "filter": "binary",
