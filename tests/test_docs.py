@@ -84,7 +84,7 @@ def test_the_readmes_script_runs(tmp_path):
     for old, new in (
         ('load_embedded_model(EmbeddedRecipe(games=("NumberLine",)))', f"{str(tmp_path / 'model')!r}"),
         ("episodes=1000", "episodes=4"),
-        ("max_steps=300", "max_steps=1, eval_episodes=2"),
+        ("max_steps=400", "max_steps=1, eval_episodes=2"),
         ("per_device_train_batch_size=32", "per_device_train_batch_size=2"),
         ("max_completion_length=48", "max_completion_length=2"),
     ):
