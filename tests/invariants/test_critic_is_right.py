@@ -3,8 +3,8 @@
 
 With `filter="none"` and `value_expectile=0.5` the critic evaluates the policy that played the data. Its V at the
 prompt and its Q after the completion must match the exact solution: mean absolute error at most 5 % of the range of
-the expected returns, rank correlation at least 0.98. A truncated episode bootstraps, so the values of the endless game are
-the right ones although every episode is cut.
+the expected returns, rank correlation at least 0.98. A truncated episode bootstraps, so the values of the endless game
+are the right ones although every episode is cut.
 
 Axes: S states, U actions.
 """
@@ -245,7 +245,7 @@ def compare(learned: np.ndarray, exact: np.ndarray, spread: float) -> tuple[floa
     return float(np.abs(learned - exact).mean()) / spread, rank_correlation(learned, exact)
 
 
-# Accurate values rather than fast ones: a decaying rate, target heads that follow closely, a loss that is the critic's.
+# Accurate rather than fast: a decaying rate, target heads that follow closely, a loss that is the critic's.
 PATIENT = {
     "turn_lambda": 0.5,
     "per_device_train_batch_size": 64,
