@@ -96,12 +96,12 @@ def test_vocab_heads_against_the_dense_row():
     states, tokens = torch.randn(7, D), torch.randint(V, (7,))
     features = heads.features(states)
     assert features.shape == (7, N, R)
-    # Q_n(s, a) = sum_r up[n, a, r] * down(s)[n, r] + bias[n], down's rows being critic 0's R, then critic 1's, ...
+    # Q_n(s, a) = sum_r up[n][a, r] * down(s)[n, r] + bias[n], down's rows being critic 0's R, then critic 1's, ...
     down = heads.down(states)
     q = torch.zeros(7, N, V)
     for n in range(N):
         for a in range(V):
-            q[:, n, a] = (down[:, n * R : (n + 1) * R] * heads.up[n, a]).sum(-1) + heads.bias[n]
+            q[:, n, a] = (down[:, n * R : (n + 1) * R] * heads.up[n][a]).sum(-1) + heads.bias[n]
     taken = heads.taken(features, tokens)
     assert taken.shape == (7, N)
     assert_close(taken, torch.stack([q[i, :, tokens[i]] for i in range(7)]))

@@ -112,7 +112,7 @@ def dense(model, batch):
 
 def q_rows(heads, states):
     """[A, D] -> [A, N, V], the whole of it."""
-    return torch.einsum("anr,nvr->anv", heads.features(states), heads.up) + heads.bias[:, None]
+    return torch.einsum("anr,nvr->anv", heads.features(states), torch.stack(list(heads.up))) + heads.bias[:, None]
 
 
 def assert_near(actual, expected):

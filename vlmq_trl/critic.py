@@ -100,31 +100,37 @@ class ScalarHeads(nn.Module):
 
 
 class VocabHeads(nn.Module):
-    """Q rows over the vocabulary, factorised: Q_n(s, a) = up[n, a] . down_n(s) + bias[n]."""
+    """Q rows over the vocabulary, factorised: Q_n(s, a) = up[n][a] . down_n(s) + bias[n].
+
+    `up` holds one [V, R] matrix a critic: slices of a single tensor would each cost a gradient of the whole.
+    """
 
     def __init__(self, config: CriticConfig):
         super().__init__()
         assert config.hidden_size is not None and config.vocab_size is not None
         self.down = nn.Linear(config.hidden_size, config.num_critics * config.critic_rank)
-        self.up = nn.Parameter(torch.empty(config.num_critics, config.vocab_size, config.critic_rank))
+        size, std = (config.vocab_size, config.critic_rank), 0.1 / math.sqrt(config.critic_rank)
+        self.up = nn.ParameterList(nn.init.normal_(torch.empty(size), std=std) for _ in range(config.num_critics))
         self.bias = nn.Parameter(torch.zeros(config.num_critics))
-        nn.init.normal_(self.up, std=0.1 / math.sqrt(config.critic_rank))
 
     def features(self, hidden: Tensor) -> Tensor:
         """[A, D] -> [A, N, R]."""
-        return self.down(hidden).unflatten(-1, (self.up.shape[0], self.up.shape[2]))
+        return self.down(hidden).unflatten(-1, (len(self.up), -1))
 
     def taken(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Q of the taken tokens: features [A, N, R], tokens [A] -> [A, N]."""
-        return (features * self.up[:, tokens].transpose(0, 1)).sum(-1) + self.bias
+        rows = torch.stack([nn.functional.embedding(tokens, up) for up in self.up], dim=1)
+        return (features * rows).sum(-1) + self.bias
 
     def expected(self, features: Tensor, probabilities: Tensor) -> Tensor:
         """sum_a pi(a|s) Q(s, a): features [A, N, R], probabilities [A, V] -> [A, N], with no [A, N, V] tensor."""
-        return (features * torch.einsum("av,nvr->anr", probabilities, self.up)).sum(-1) + self.bias
+        rows = torch.stack([probabilities @ up for up in self.up], dim=1)
+        return (features * rows).sum(-1) + self.bias
 
     @torch.no_grad()
     def rescale_(self, scale: Tensor, shift: Tensor) -> None:
-        self.up.mul_(scale)
+        for up in self.up:
+            up.mul_(scale)
         self.bias.mul_(scale).add_(shift)
 
 
