@@ -410,7 +410,7 @@ def count_solvable(env_id: str, episodes: int, seed: int) -> int:
 
 
 class TrainingBar(TrainerCallback):
-    """One progress bar a method, with the latest and the best validation success."""
+    """One progress bar a method, with the latest and the best validation success; without bars, a line each time."""
 
     def __init__(self, method: str, evaluation: EnvEvaluationCallback):
         self.method, self.evaluation = method, evaluation
@@ -418,14 +418,15 @@ class TrainingBar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         hidden = args.disable_tqdm or not state.is_world_process_zero
         self.bar = tqdm(total=state.max_steps, desc=self.method, unit="step", disable=hidden, dynamic_ncols=True)
+        self.prints = args.disable_tqdm and state.is_world_process_zero
 
     def on_step_end(self, args, state, control, **kwargs):
         best, last = self.evaluation.best, self.evaluation.history[-1]
-        self.bar.set_postfix_str(
-            f"success {percent(last['success_rate'])}, best {percent(best['success_rate'])} at {best['step']}",
-            refresh=False,
-        )
+        text = f"success {percent(last['success_rate'])}, best {percent(best['success_rate'])} at {best['step']}"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+        if self.prints and last["step"] == state.global_step:
+            print(f"{self.method}, step {state.global_step} of {state.max_steps}: {text}", flush=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
