@@ -7,6 +7,7 @@ positions, and sums over the whole vocabulary.
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from vlmq_trl.collator import VLMQDataCollator
 from vlmq_trl.critic import CriticConfig
 from vlmq_trl.losses import denormalize
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead as ValueHeadModel
-from vlmq_trl.modeling import LogitTransform
+from vlmq_trl.modeling import LogitTransform, has_critic
 
 FAMILIES = [*tiny_models.VLM_NAMES, *tiny_models.TEXT_NAMES]
 SCALAR = CriticConfig("scalar", num_critics=2, critic_hidden_size=8)
@@ -783,3 +784,20 @@ def test_a_default_critic_and_its_prior():
         wrapped(**batch_of("llama", processor)).state_values, wrapped.critic.target_mean, wrapped.critic.target_std
     )
     assert (values - 3.0).abs().max() < 0.25  # Fresh heads say the mean, to within half a deviation.
+
+
+def test_a_critic_that_could_not_be_looked_up_is_not_dropped_silently(tmp_path):
+    assert not has_critic(tmp_path)  # a directory tells for sure
+    with pytest.warns(UserWarning, match=r"Could not find out whether some/model has a critic_config\.json"):
+        assert not has_critic("some/model", cache_dir=tmp_path, local_files_only=True)
+    # What the Hub has said once is remembered: there is no such file.
+    marker = tmp_path / "models--some--model" / ".no_exist" / "0"
+    refs = tmp_path / "models--some--model" / "refs"
+    for folder in (marker, refs):
+        folder.mkdir(parents=True)
+    (marker / "critic_config.json").touch()
+    (refs / "main").write_text("0")
+    (tmp_path / "models--some--model" / "snapshots" / "0").mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not has_critic("some/model", cache_dir=tmp_path, local_files_only=True)

@@ -10,11 +10,20 @@ Axes: B rows, T tokens, D hidden size, A action tokens of the batch (row by row,
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -382,13 +391,23 @@ def load_critic_config(name: str | os.PathLike, **hub_kwargs: Any) -> CriticConf
 
 
 def _find(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str | None:
-    return cached_file(
-        str(name),
-        filename,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_kwargs,
-    )
+    """The file's local path; None if there is none, or, with a warning, if neither cache nor Hub could tell."""
+    if Path(name).is_dir():
+        return str(Path(name) / filename) if (Path(name) / filename).is_file() else None
+    cache = {k: hub_kwargs[k] for k in ("revision", "cache_dir") if k in hub_kwargs}
+    try:
+        return hf_hub_download(str(name), filename, **hub_kwargs)
+    except (HFValidationError, RepositoryNotFoundError):
+        return None  # loading the model itself will say so
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        known_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if not known_missing and try_to_load_from_cache(str(name), filename, **cache) is not _CACHED_NO_EXIST:
+            warnings.warn(
+                f"Could not find out whether {name} has a {filename} ({type(error).__name__}); going on as if it had "
+                "none. If it has one, download the repository first and pass its directory.",
+                stacklevel=2,
+            )
+        return None
 
 
 def _base_model(model: nn.Module) -> Any:
