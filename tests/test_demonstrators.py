@@ -83,8 +83,10 @@ def test_thoughts():
         return make_demonstrator(env_id, "expert")(env, np.random.default_rng(0)).thoughts
 
     assert thoughts("vlmq_trl/NumberLine-v0", {"current": 2, "target": 4}) == "target is higher than current"
-    assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2"]) == "unused values: 10"
-    assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2", "+", "10"]) == "unused values: none"
+    assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2"]) == "unused values: _, 10"
+    assert thoughts("vlmq_trl/EZPoints-v0", {"cards": ["2", "K"]}, ["2", "+", "10"]) == "unused values: _, _"
+    hand = {"cards": ["7", "7", "K", "A"]}
+    assert thoughts("vlmq_trl/Points24-v0", hand, ["7", "+", "10"]) == "unused values: _, 7, _, 1"
     dealt = {"dealer": ["K", "2"], "player": ["A", "6"]}
     assert thoughts("vlmq_trl/Blackjack-v0", dealt) == "dealer shows K, cards add up to 1, 7, hand is soft 17"
 

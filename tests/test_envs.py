@@ -506,7 +506,7 @@ def test_ranks_differ_at_128_in_every_slot(slot):
     assert_distinct([drawing.blackjack("7", hand) for hand in hands], 20)
 
 
-@pytest.mark.parametrize(("rows", "columns", "cell"), [(1, 6, 0), (1, 6, 5), (3, 7, 0), (3, 7, 11), (3, 7, 20)])
+@pytest.mark.parametrize(("rows", "columns", "cell"), [(1, 6, 0), (1, 6, 5), (3, 8, 0), (3, 8, 11), (3, 8, 20)])
 def test_formula_entries_differ_at_128_in_every_cell(rows, columns, cell):
     entries = [*map(str, range(1, 11)), *"+-*/()=", drawing.BLANK]
     pictures = [drawing.points(["A", "A"], ["+"] * cell + [entry], rows, columns) for entry in entries]

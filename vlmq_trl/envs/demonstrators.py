@@ -162,7 +162,8 @@ def _thoughts(game: Any) -> str:
     if isinstance(game, NumberLine):
         return f"target is {'higher' if game.target > game.current else 'lower'} than current"
     if isinstance(game, PointsGame):
-        return "unused values: " + (", ".join(map(str, game.unused())) or "none")
+        # Card by card, so that a small model decides about one card at a time.
+        return "unused values: " + ", ".join("_" if value is None else str(value) for value in game.left())
     total, usable = game.total()
     sums = np.cumsum([card_value(rank) for rank in game.player]).tolist()
     hand = f"{'soft' if usable else 'hard'} {total}"

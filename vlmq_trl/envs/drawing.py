@@ -173,10 +173,11 @@ def points(cards: Sequence[str], formula: Sequence[str], rows: int, columns: int
     for slot, rank in enumerate(cards):
         _paste(picture, _card(rank, slot % 4, width, height), 3 + slot * (width + 5), 4)
     top = height + 8
-    cell_width, cell_height = SIZE // columns, (SIZE - top) // rows
+    cell_height = (SIZE - top) // rows
     for index, entry in enumerate(formula):
         row, column = divmod(index, columns)
-        _paste(picture, _cell(entry, cell_width, cell_height - 4), column * cell_width, top + row * cell_height)
+        cell = _cell(entry, SIZE // columns, cell_height - 4)
+        _paste(picture, cell, column * SIZE // columns, top + row * cell_height)
     return picture
 
 

@@ -104,7 +104,7 @@ class PointsGame(TextActionEnv):
     goal: int
     max_entries: int
     num_cards: int
-    layout: tuple[int, int]  # rows and columns of the formula's cells: one more than max_entries
+    layout: tuple[int, int]  # rows and columns of the formula's cells: at least max_entries + 1
     reading_fields = ("cards", "current formula")
     reset_options = ("cards",)
 
@@ -118,13 +118,17 @@ class PointsGame(TextActionEnv):
         self.values = [card_value(rank) for rank in self.cards]
         self.formula: list[str] = []
 
-    def unused(self) -> list[int]:
-        """The values of the cards that the formula does not use yet, in the order shown."""
-        left = list(self.values)
+    def left(self) -> list[int | None]:
+        """Card by card, its value if the formula does not use it yet, else None; of equal cards the first goes first."""
+        left: list[int | None] = list(self.values)
         for entry in self.formula:
             if entry in NUMBERS:
-                left.remove(int(entry))
+                left[left.index(int(entry))] = None
         return left
+
+    def unused(self) -> list[int]:
+        """The values of the cards that the formula does not use yet, in the order shown."""
+        return [value for value in self.left() if value is not None]
 
     @property
     def solvable(self) -> bool:
@@ -180,7 +184,7 @@ class Points24(PointsGame):
 
     task = "Use all four cards once to write a formula equal to 24. J, Q, K count as 10. Actions: 1 to 10, +-*/()=."
     legal_actions = (*NUMBERS, "+", "-", "*", "/", "(", ")", "=")
-    goal, max_entries, num_cards, layout = 24, 20, 4, (3, 7)
+    goal, max_entries, num_cards, layout = 24, 20, 4, (3, 8)
     max_turns = max_entries + 1
 
     def _deal(self) -> list[str]:

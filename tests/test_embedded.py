@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`embedded.py`: the tiny model is built from its seed alone, taught to read and never to act, verified, cached."""
+
+import dataclasses
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlmq_trl import EmbeddedRecipe, embedded, load_embedded_model
+from vlmq_trl.agent_format import default_format
+from vlmq_trl.envs.demonstrators import make_demonstrator
+
+SMALL = EmbeddedRecipe(
+    games=("NumberLine",),
+    steps=2,
+    batch_size=4,
+    states=20,
+    required_accuracy=0.0,
+    vision_hidden_size=32,
+    vision_layers=1,
+    hidden_size=48,
+    layers=1,
+)
+games = pytest.mark.parametrize("game", embedded.GAMES)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return embedded.build_processor(SMALL)
+
+
+def test_a_recipe_names_known_games():
+    with pytest.raises(ValueError, match=r"`games` must name some of .*NumberLine.*got \('Chess',\)"):
+        EmbeddedRecipe(games=("Chess",))
+    with pytest.raises(ValueError, match="`games`"):
+        EmbeddedRecipe(games=())
+
+
+def test_points24_is_seen_in_more_image_tokens():
+    assert [EmbeddedRecipe(games=(game,)).scale_factor for game in embedded.GAMES] == [2, 2, 1, 2]
+    assert EmbeddedRecipe().scale_factor == 1  # all games
+    assert EmbeddedRecipe(games=("Points24",), scale_factor=4).scale_factor == 4
+    assert dataclasses.replace(SMALL, games=("Points24",)).scale_factor == 2  # as it was chosen
+
+
+def test_lessons_of_all_games_add_up():
+    assert EmbeddedRecipe().num_steps == sum(embedded.LESSON_STEPS.values())
+    assert SMALL.num_steps == 2
+
+
+def test_built_once_and_from_the_seed_alone(tmp_path):
+    state = torch.random.get_rng_state()
+    path = load_embedded_model(SMALL, tmp_path / "a", progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert load_embedded_model(SMALL, tmp_path / "a", progress=False) == path
+    assert len(list((tmp_path / "a").iterdir())) == 1  # no leftovers
+
+    torch.manual_seed(99)  # the caller's seed does not matter
+    again = load_embedded_model(SMALL, tmp_path / "b", progress=False)
+    other = load_embedded_model(dataclasses.replace(SMALL, seed=1), tmp_path / "b", progress=False)
+    first, second, third = (AutoModelForImageTextToText.from_pretrained(p).state_dict() for p in (path, again, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], third[name]) for name in first)
+    assert (
+        AutoProcessor.from_pretrained(path).tokenizer.get_vocab()
+        == embedded.build_processor(SMALL).tokenizer.get_vocab()
+    )
+    told = json.loads(open(f"{path}/reading.json").read())
+    assert told["recipe"]["games"] == ["NumberLine"] and 0 <= told["reading_accuracy"]["NumberLine"] <= 1
+
+
+def test_the_cache_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLMQ_TRL_CACHE", str(tmp_path))
+    assert load_embedded_model(SMALL, progress=False).startswith(str(tmp_path))
+
+
+def test_a_model_that_does_not_read_is_refused(tmp_path):
+    strict = dataclasses.replace(SMALL, required_accuracy=0.95)
+    with pytest.raises(embedded.ReadingError, match=r"'NumberLine'.*0.95 is required: raise `EmbeddedRecipe.steps`"):
+        load_embedded_model(strict, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@games
+def test_lessons_end_before_the_action(game, processor):
+    """What is taught is everything up to the action: prompt masked, reading in the loss, action nowhere."""
+    lesson = embedded._Lesson.collect(game, 12, 3, processor, progress=False)
+    batch = lesson.batch(np.arange(12), torch.device("cpu"))
+    assert batch["pixel_values"].shape[0] == 12
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        text = processor.tokenizer.decode(labels[labels != -100])
+        assert text.startswith('{"') and text.endswith('"action": "') and text.count('"action"') == 1
+        prompt = len(lesson.prompt_ids)
+        assert (labels[:prompt] == -100).all() and ids[:prompt].tolist() == lesson.prompt_ids
+        assert ((labels == -100)[prompt:] == (mask == 0)[prompt:]).all()
+
+
+@games
+def test_the_tokenizer_keeps_responses_and_splits_off_actions(game, processor):
+    """A response survives encoding and decoding, and the reading's tokens do not depend on the action after it."""
+    tokenizer = processor.tokenizer
+    env_id = f"vlmq_trl/{game}-v0"
+    env = gymnasium.make(env_id).unwrapped
+    agent_format = default_format(env)
+    rng = np.random.default_rng(0)
+    player = make_demonstrator(env_id, "random")
+    for seed in range(5):
+        env.reset(seed=seed)
+        decision = player(env, rng)
+        readings = set()
+        for action in env.legal_actions:
+            response = agent_format.render(action, decision.reading, decision.thoughts)
+            ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+            assert tokenizer.decode(ids) == response
+            reading, _, _ = response.rpartition(f'"{action}"')
+            tokens = tokenizer(reading + '"', add_special_tokens=False)["input_ids"]
+            assert ids[: len(tokens)] == tokens and tokenizer.decode(ids[len(tokens)]) == action
+            readings.add(tuple(tokens))
+        assert len(readings) == 1
+
+
+def test_the_exam_counts_whole_readings(processor):
+    """A model that always knows the next token reads everything; one that errs once in a row fails that row."""
+    exam = embedded._Lesson.collect("NumberLine", 10, 3, processor, progress=False)
+
+    class Oracle:
+        device = torch.device("cpu")
+
+        def __init__(self, spoilt):
+            self.spoilt = spoilt
+
+        def __call__(self, input_ids, **kwargs):
+            following = input_ids.roll(-1, dims=1)
+            following[list(self.spoilt), len(exam.prompt_ids) + 1] += 1
+            return type("Output", (), {"logits": torch.nn.functional.one_hot(following, 600).float()})
+
+    assert embedded._reading_accuracy(Oracle(()), exam) == 1.0
+    assert embedded._reading_accuracy(Oracle((2, 5, 6)), exam) == pytest.approx(0.7)
