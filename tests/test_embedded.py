@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -69,7 +70,7 @@ def test_built_once_and_from_the_seed_alone(tmp_path):
         AutoProcessor.from_pretrained(path).tokenizer.get_vocab()
         == embedded.build_processor(SMALL).tokenizer.get_vocab()
     )
-    told = json.loads(open(f"{path}/reading.json").read())
+    told = json.loads(Path(path, "reading.json").read_text())
     assert told["recipe"]["games"] == ["NumberLine"] and 0 <= told["reading_accuracy"]["NumberLine"] <= 1
 
 

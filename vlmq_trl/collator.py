@@ -32,7 +32,7 @@ TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images"
 class SegmentSampler(Sampler[int]):
     """Row indices of one epoch: every turn once, segments of at most `segment_length` turns in random order.
 
-    Segments that follow one another, as all of an episode do without `shuffle`, join to one as far as the batch reaches.
+    Segments that follow one another, as all of an episode do without `shuffle`, join up as far as the batch reaches.
     Each epoch cuts the episodes at new places. The order depends on `seed` and the epoch alone, so that a resumed run
     sees what an uninterrupted one would have.
     """

@@ -119,7 +119,7 @@ class PointsGame(TextActionEnv):
         self.formula: list[str] = []
 
     def left(self) -> list[int | None]:
-        """Card by card, its value if the formula does not use it yet, else None; of equal cards the first goes first."""
+        """Card by card, its value, or None if the formula uses it already; of equal cards the first goes first."""
         left: list[int | None] = list(self.values)
         for entry in self.formula:
             if entry in NUMBERS:
