@@ -3,8 +3,11 @@
 
 With `filter="none"` and `value_expectile=0.5` the critic evaluates the policy that played the data. Its V at the
 prompt and its Q after the completion must match the exact solution: mean absolute error at most 5 % of the range of
-the expected returns, rank correlation at least 0.98. A truncated episode bootstraps, so the values of the endless game
-are the right ones although every episode is cut.
+the exact values, rank correlation at least 0.98. A truncated episode bootstraps, so the values of the endless game are
+the right ones although every episode is cut.
+
+Gradients are not clipped here. Where nearly every step is clipped, as with a large `critic_coef`, the critic regresses
+on something between mean and median of its targets, and bootstrapping multiplies that bias by the length of a chain.
 
 Axes: S states, U actions.
 """
@@ -17,13 +20,12 @@ import pytest
 import torch
 from gymnasium import spaces
 
-import vlmq_trl.envs  # noqa: F401  registers the environments
 from tests import tiny_models
+from tests.small_runs import NUMBER_LINE, TextNumberLine, config
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.losses import denormalize
 from vlmq_trl.rollout import Response, play_episodes
 from vlmq_trl.trajectory import dataset_from_episodes
-from vlmq_trl.vlmq_config import VLMQConfig
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 ERROR_LIMIT, RANK_LIMIT, GAMMA = 0.05, 0.98, 0.9
@@ -60,7 +62,7 @@ class RandomMDP:
     """5 states, 2 actions: random transitions, 10 % of them the end, and random noisy rewards; a random player."""
 
     transitions: np.ndarray  # [S, U, S], rows sum to 0.9
-    rewards: np.ndarray  # [S, U] means; each reward has a standard deviation of 0.5
+    rewards: np.ndarray  # [S, U] means; each reward has a standard deviation of 0.25
     policy: np.ndarray  # [S, U]
 
     @classmethod
@@ -68,9 +70,10 @@ class RandomMDP:
         """The seed's first process whose exact values are apart: values that are all but equal have no order."""
         rng = np.random.default_rng(seed)
         while True:
+            rewards = rng.uniform(-1, 1, (states, 2))
             mdp = cls(
                 0.9 * rng.dirichlet(np.full(states, 0.5), (states, 2)),
-                rng.uniform(-1, 1, (states, 2)),
+                rewards - rewards.mean(),  # values about 0, which chance in the episodes' lengths does not shift
                 0.2 + 0.6 * rng.dirichlet(np.ones(2), states),  # what is hardly ever played cannot be learned
             )
             values, q = exact_values(mdp.transitions, mdp.rewards, mdp.policy, GAMMA)
@@ -97,7 +100,7 @@ class MDPEnv(gymnasium.Env):
 
     def step(self, action):
         u = self.actions.index(action)
-        reward = self.np_random.normal(self.mdp.rewards[self.state, u], 0.5)
+        reward = self.np_random.normal(self.mdp.rewards[self.state, u], 0.25)
         probabilities = self.mdp.transitions[self.state, u]
         following = self.np_random.choice(len(probabilities) + 1, p=[*probabilities, 1 - probabilities.sum()])
         terminated = bool(following == len(probabilities))
@@ -136,19 +139,6 @@ def number_line() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return transitions, rewards, np.full((len(STATES), 2), 0.5)
 
 
-class TextNumberLine(gymnasium.ObservationWrapper):
-    """NumberLine with its two numbers as text in place of the picture."""
-
-    task = ""
-
-    def __init__(self):
-        super().__init__(gymnasium.make("vlmq_trl/NumberLine-v0"))
-        self.observation_space = spaces.Dict({"text": TEXT_SPACE})
-
-    def observation(self, observation):
-        return {"text": "{} to {}".format(*self.unwrapped.state_text().values())}
-
-
 class UniformPlayer:
     """Plays each legal action with equal probability."""
 
@@ -159,7 +149,7 @@ class UniformPlayer:
 def test_number_line_by_its_own_rules():
     """The table of `number_line` is what the environment does."""
     transitions, rewards, _ = number_line()
-    env = gymnasium.make("vlmq_trl/NumberLine-v0")
+    env = gymnasium.make(NUMBER_LINE)
     for s, (current, target) in enumerate(STATES):
         for u, action in enumerate("-+"):
             env.reset(seed=0, options={"current": current, "target": target})
@@ -174,22 +164,22 @@ def test_number_line_by_its_own_rules():
 
 
 def train(dataset, output_dir, seed, **kwargs) -> VLMQTrainer:
+    """A small text-only model with a critic that evaluates the policy of the data."""
     model, tokenizer = tiny_models.build("llama", seed)
-    args = VLMQConfig(
-        output_dir=str(output_dir),
+    args = config(
+        output_dir,
+        seed=seed,
         filter="none",
         value_expectile=0.5,
-        seed=seed,
-        **{
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 100,
-            **kwargs,
-        },
+        turn_lambda=0.5,
+        critic_coef=10.0,
+        target_norm_rate=0.02,
+        per_device_train_batch_size=64,
+        warmup_steps=50,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        logging_steps=100,
+        **kwargs,
     )
     trainer = VLMQTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
@@ -198,101 +188,95 @@ def train(dataset, output_dir, seed, **kwargs) -> VLMQTrainer:
 
 @torch.no_grad()
 def learned_values(trainer: VLMQTrainer, texts: list[str], actions: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """V [S] at the prompt and Q [S, U] after the completion of the online heads, in reward units."""
-    items = []
+    """V [S] at the prompt and Q [S, U] after the completion, in reward units; `texts` [S] are the observations."""
+    items: list[dict] = []
     for text in texts:
         prompt, _ = PlainFormat().build_prompt("", {"text": text})
         for action in actions:
-            items.append(
-                {
-                    "prompt": prompt,
-                    "completion": [{"role": "assistant", "content": action}],
-                    "row": len(items),
-                    "segment": len(items),
-                    "reward": 0.0,
-                    "terminated": True,
-                    "return_to_go": 0.0,
-                    "bootstrap": None,
-                }
-            )
+            k = len(items)
+            turn = {"prompt": prompt, "completion": [{"role": "assistant", "content": action}], "bootstrap": None}
+            items.append({**turn, "row": k, "segment": k, "reward": 0.0, "terminated": True, "return_to_go": 0.0})
     batch = trainer.data_collator(items)
     trainer.model.eval()
     output = trainer.model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")})
     critic = trainer.model.critic
     row = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
-    first = torch.cat([torch.ones(1, dtype=torch.bool), row[1:] != row[:-1]])
-    last = first.roll(-1)
-    values = (output.state_values if output.state_values is not None else output.target_state_values).mean(-1)[first]
-    q_values = output.q_values.mean(-1)[last]
-    values, q_values = (denormalize(x, critic.target_mean, critic.target_std) for x in (values, q_values))
+    is_first = torch.cat([torch.ones(1, dtype=torch.bool), row[1:] != row[:-1]])
+    # The vocabulary-wide critic has no V of its own online heads: its target's is sum_a pi(a|s) Q_target(s, a).
+    values = output.target_state_values if output.state_values is None else output.state_values
+    values, q = values.mean(-1)[is_first], output.q_values.mean(-1)[is_first.roll(-1)]
+    values, q = (denormalize(x, critic.target_mean, critic.target_std) for x in (values, q))
     shape = (len(texts), len(actions))
-    return values.reshape(shape).mean(1).numpy(), q_values.reshape(shape).numpy()
+    return values.reshape(shape)[:, 0].numpy(), q.reshape(shape).numpy()
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, for values without ties; ties in exact values (equal up to 1e-9) share their mean rank."""
+    """Spearman's; values that are equal up to 1e-9 share their mean rank."""
 
     def ranks(values):
-        values = np.round(np.ravel(values), 9)
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        _, inverse, counts = np.unique(np.round(values.ravel(), 9), return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def compare(learned: np.ndarray, exact: np.ndarray, spread: float) -> tuple[float, float]:
-    """(mean absolute error as a fraction of the range, rank correlation)."""
-    return float(np.abs(learned - exact).mean()) / spread, rank_correlation(learned, exact)
+def test_rank_correlation_by_hand():
+    # Ranks 1, 2, 3 against 1, 3, 2: 1 - 6 * 2 / (3 * 8) = 0.5; any growing map keeps it; ties share ranks.
+    assert rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 9.0, 2.0])) == pytest.approx(0.5)
+    assert rank_correlation(np.array([3.0, 1.0, 1.0]), np.array([7.0, 0.0, 0.0])) == pytest.approx(1.0)
 
 
-# Accurate rather than fast: a decaying rate, target heads that follow closely, a loss that is the critic's.
-PATIENT = {
-    "turn_lambda": 0.5,
-    "per_device_train_batch_size": 64,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 50,
-    "max_grad_norm": 0.0,
-    "critic_coef": 10.0,
-    "target_tau": 0.2,
-    "target_norm_rate": 0.02,
-}
+def assert_right(learned, exact):
+    """(V, Q) of the critic against the exact ones."""
+    for name, x, y in zip(("V", "Q"), learned, exact, strict=True):
+        error, rank = np.abs(x - y).mean() / np.ptp(y), rank_correlation(x, y)
+        print(f"{name}: mean absolute error {error:.4f} of the range {np.ptp(y):.2f}, rank correlation {rank:.4f}")
+        assert error <= ERROR_LIMIT, f"{name}: {error:.4f} of the range"
+        assert rank >= RANK_LIMIT, f"{name}: rank correlation {rank:.4f}"
 
 
-def assert_right(learned: tuple[np.ndarray, np.ndarray], exact: tuple[np.ndarray, np.ndarray]) -> None:
-    spread = float(np.ptp(np.concatenate([values.ravel() for values in exact])))  # of the expected returns
-    for name, x, y in zip("VQ", learned, exact, strict=True):
-        error, correlation = compare(x, y, spread)
-        print(f"{name}: mean absolute error {error:.4f} of the range, rank correlation {correlation:.3f}")
-        assert error <= ERROR_LIMIT and correlation >= RANK_LIMIT
+@pytest.fixture(autouse=True)
+def smaller_model(monkeypatch):
+    """A quarter of the tiny model, which is as good here and faster."""
+    monkeypatch.setitem(tiny_models.TEXT, "hidden_size", 64)
+    monkeypatch.setitem(tiny_models.TEXT, "intermediate_size", 128)
 
 
-@pytest.fixture
-def small_llama(monkeypatch):
-    monkeypatch.setattr(tiny_models, "TEXT", {**tiny_models.TEXT, "hidden_size": 64, "intermediate_size": 128})
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_values_of_a_random_mdp(tmp_path, small_llama, seed):
+@pytest.mark.parametrize(
+    ("seed", "critic"),
+    [
+        (0, {}),
+        pytest.param(1, {}, marks=slow),
+        pytest.param(2, {}, marks=slow),
+        # Q of what the policy never plays is not held down here: V weighs it by pi, which cloning takes to 0.
+        *(pytest.param(seed, {"critic_type": "vocab", "conservative_coef": 0.0}, marks=slow) for seed in range(3)),
+    ],
+    ids=lambda value: value.get("critic_type", "scalar") if isinstance(value, dict) else None,
+)
+def test_on_a_random_process(seed, critic, tmp_path):
     mdp = RandomMDP.make(seed)
     played = play_episodes(
-        lambda: MDPEnv(mdp), MDPPlayer(), episodes=6000, seed=100_000 * seed, agent_format=PlainFormat(), num_envs=64
+        lambda: MDPEnv(mdp), MDPPlayer(), episodes=6000, seed=10**5 * seed, agent_format=PlainFormat(), num_envs=64
     )
     dataset = dataset_from_episodes(played, with_images=False)
-    trainer = train(dataset, tmp_path, seed, gamma=0.9, max_steps=600, **PATIENT)
-    learned = learned_values(trainer, [f"state {s}" for s in range(5)], MDPEnv.actions)
-    assert_right(learned, exact_values(mdp.transitions, mdp.rewards, mdp.policy, gamma=0.9))
+    rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "target_tau": 0.2}
+    trainer = train(dataset, tmp_path, seed, gamma=GAMMA, max_steps=500, **rates, **critic)
+    learned = learned_values(trainer, [f"state {s}" for s in range(len(mdp.policy))], MDPEnv.actions)
+    assert_right(learned, exact_values(mdp.transitions, mdp.rewards, mdp.policy, GAMMA))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_values_of_number_line(tmp_path, small_llama, seed):
-    """All 30 states and both actions of NumberLine, under uniformly random play."""
+@slow
+@pytest.mark.parametrize("seed", range(3))
+def test_on_number_line(seed, tmp_path):
+    """All 30 states under uniformly random play, each read off two numbers of text."""
     played = play_episodes(
-        TextNumberLine, UniformPlayer(), episodes=12_000, seed=100_000 * seed, agent_format=PlainFormat(), num_envs=64
+        TextNumberLine, UniformPlayer(), episodes=12_000, seed=10**5 * seed, agent_format=PlainFormat(), num_envs=64
     )
     dataset = dataset_from_episodes(played, with_images=False)
     rates = {"learning_rate": 5e-4, "critic_learning_rate": 1e-3, "target_tau": 0.3}
-    trainer = train(dataset, tmp_path, seed, gamma=0.95, max_steps=2000, **{**PATIENT, **rates})
+    trainer = train(dataset, tmp_path, seed, gamma=0.95, max_steps=2000, **rates)
     learned = learned_values(trainer, [f"{current} to {target}" for current, target in STATES], ("-", "+"))
     assert_right(learned, exact_values(*number_line(), gamma=0.95))
