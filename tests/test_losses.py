@@ -322,3 +322,32 @@ def test_policy_loss_counts_dropped_tokens():
     # Micro-batches of one optimiser step share its count, so their losses add up to the whole batch's.
     parts = [losses.policy_loss(log_probs[i : i + 1], torch.ones(1), 2).item() for i in range(2)]
     assert sum(parts) == 2.0
+
+
+@pytest.mark.parametrize(("trace", "share"), [("none", 0.05), ("tree_backup", 1.0)])
+def test_how_much_of_a_better_action_reaches_the_prompt(trace, share):
+    """Five neutral tokens, then an action that is worth 0 or 1, half of the data each; V before it is the better one.
+
+    Without a trace the return runs through the data's own action, and all but 1 - token_lambda of the improvement is
+    lost on the way to the prompt; with tree-backup and a policy that takes the better action, none is.
+    """
+    neutral, token_lambda = 5, 0.95
+    values = torch.zeros(neutral + 1)  # V before each token; the last one decides
+    log_probs = torch.zeros(2, neutral + 1)
+    log_probs[0, -1] = -torch.inf  # the policy never takes the worse action
+    lambdas = torch.full((2, neutral + 1), token_lambda)
+    coefficients = losses.trace_coefficients(log_probs, None, trace)
+    if coefficients is not None:
+        lambdas = lambdas * coefficients.roll(-1, dims=1)
+    discounts = torch.ones(2, neutral + 1)
+    discounts[:, -1] = 0.0
+    rewards = torch.zeros(2, neutral + 1)
+    rewards[1, -1] = 1.0
+    for _ in range(200):
+        following = values.roll(-1).expand(2, -1)
+        returns = losses.token_returns(
+            rewards, following, discounts, lambdas, torch.ones(2, neutral + 1, dtype=torch.bool)
+        )
+        values = returns.mean(0)  # Q of a neutral token, and so V before it: the mean over the data
+        values[-1] = returns[:, -1].max()  # the expectile at its limit
+    assert_close(values[0], torch.tensor(0.5 + share * 0.5))

@@ -41,7 +41,7 @@ from .envs.demonstrators import make_demonstrator
 
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 # Optimiser steps that each game's reading takes, found by looking at the accuracy on fresh states.
-LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 700, "Blackjack": 800}
+LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 1000, "Blackjack": 800}
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them.
 PLAYERS = dict.fromkeys(GAMES, ("expert", "flawed", "random")) | {"Points24": ("expert", "flawed")}
