@@ -82,7 +82,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "arguments": {
             "game": "Blackjack",
             "policy": "random",
-            "episodes": 10000,
+            "episodes": 20000,
+            # Good play takes several good decisions in a row: docs/algorithm.md, "Returns".
+            "off_policy_trace": "tree_backup",
+            "turn_lambda": 0.95,
+            "gamma": 1.0,
             "per_device_train_batch_size": 64,
             "max_steps": 750,
             "lr_scheduler_type": "cosine",
@@ -101,8 +105,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "game": "EZPoints",
             "policy": "flawed:0.6",
             "episodes": 3000,
-            "max_steps": 1000,
-            "lr_scheduler_type": "cosine",
+            "max_steps": 2000,
             "eval_steps": 100,
             "eval_episodes": 300,
             "max_completion_length": 64,

@@ -225,11 +225,18 @@ def work(task: str, pairs: int, steps: int) -> None:
     """One measurement, in a process of its own."""
     kind, name, method = task.split("/")
     measured = measure_time(name, method, pairs, steps) if kind == "time" else measure_memory(name, method, steps)
-    write_json(part(task), {**measured, "machine": machine(), "versions": versions()})
+    write_json(part(task), {**measured, "pairs": pairs, "steps": steps, "machine": machine(), "versions": versions()})
 
 
 def part(task: str) -> Path:
     return ROOT / "runs" / "benchmarks" / "speed" / f"{task.replace('/', '-')}.json"
+
+
+def is_done(task: str, pairs: int, steps: int, here: dict[str, Any]) -> bool:
+    """Whether a measurement with these numbers, on this machine, is there."""
+    found = read_json(part(task))
+    wanted = {"pairs": pairs, "steps": steps, "machine": here, "versions": versions()}
+    return found is not None and {key: found.get(key) for key in wanted} == wanted
 
 
 def report() -> None:
@@ -304,8 +311,11 @@ def main() -> int:
                 print(f"{name}, {critic}: done before.")
                 continue
             tasks = [f"time/{name}/{critic}", f"memory/{name}/sft", f"memory/{name}/{critic}"]
-            flags = ["--pairs", str(options.pairs), "--steps", str(options.steps or MODELS[name]["steps"])]
-            commands = [(task, [str(Path(__file__).resolve()), "--work", task, *flags]) for task in tasks]
+            steps = options.steps or MODELS[name]["steps"]
+            flags = ["--pairs", str(options.pairs), "--steps", str(steps)]
+            # Parts that an interrupted run has finished are kept.
+            missing = [task for task in tasks if options.force or not is_done(task, options.pairs, steps, here)]
+            commands = [(task, [str(Path(__file__).resolve()), "--work", task, *flags]) for task in missing]
             logs = ROOT / "runs" / "benchmarks" / "logs"
             ended = run_workers(commands, jobs=1, threads=here["threads"], logs=logs)  # alone, to be timed
             broken = [log for _, succeeded, _, log in ended if not succeeded]
