@@ -41,9 +41,10 @@ def test_a_recipe_names_known_games():
         EmbeddedRecipe(games=())
 
 
-def test_points24_is_seen_in_more_image_tokens():
+def test_points24_is_seen_in_more_image_tokens_and_states():
     assert [EmbeddedRecipe(games=(game,)).scale_factor for game in embedded.GAMES] == [2, 2, 1, 2]
     assert EmbeddedRecipe().scale_factor == 1  # all games
+    assert [EmbeddedRecipe(games=(game,)).states for game in embedded.GAMES] == [6000, 6000, 12_000, 6000]
     assert EmbeddedRecipe(games=("Points24",), scale_factor=4).scale_factor == 4
     assert dataclasses.replace(SMALL, games=("Points24",)).scale_factor == 2  # as it was chosen
 
