@@ -451,15 +451,22 @@ def summary() -> str:
 
 
 def plot(path: Path) -> None:
-    """Validation success of every method in every setting: mean over seeds, with the range."""
+    """Validation success of every method in every setting that has been run: mean over seeds, with the range."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), dpi=110)
-    for axes, (setting, described) in zip(panels.flat, SETTINGS.items(), strict=True):
+    shown = {s: described for s, described in SETTINGS.items() if any(finished(s, method) for method in METHODS)}
+    if not shown:
+        return
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5.5 * columns, 3.8 * rows), dpi=110, squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.remove()
+    for axes, (setting, described) in zip(panels.flat, shown.items(), strict=False):
         for method in METHODS:
             results = finished(setting, method)
             if not results:
@@ -469,9 +476,8 @@ def plot(path: Path) -> None:
             (curve,) = axes.plot(steps, rates.mean(0), label=NAMES[method])
             axes.fill_between(steps, rates.min(0), rates.max(0), color=curve.get_color(), alpha=0.2, linewidth=0)
             data = pooled([as_test(r["data"]) for r in results], "sampled")
-        if axes.lines:
-            axes.axhline(100 * data["rate"], linestyle="--", color="0.4", label="the data")
-            axes.legend(fontsize=8)
+        axes.axhline(100 * data["rate"], linestyle="--", color="0.4", label="the data")
+        axes.legend(fontsize=8)
         axes.set(title=described["title"], xlabel="optimiser steps", ylabel="success in %")
         axes.grid(alpha=0.3)
     figure.tight_layout()
