@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -338,6 +339,7 @@ def train(
         callbacks=[evaluation, TrainingBar(method, evaluation)],
         peft_config=get_peft_config(model_config),
     )
+    check_space(args.output_dir, trainer.model, adapter_only=get_peft_config(model_config) is not None)
     # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -356,6 +358,22 @@ def train(
     gc.collect()
     torch.cuda.empty_cache()
     return result
+
+
+def check_space(output_dir: str, model: torch.nn.Module, adapter_only: bool) -> None:
+    """Stops before training if the trained model would not fit on the disk afterwards.
+
+    Raises:
+        OSError: says how much is free and how much is needed.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    saved = [p for p in model.parameters() if p.requires_grad or not adapter_only]
+    needed, free = sum(p.numel() * p.element_size() for p in saved), shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise OSError(
+            f"{output_dir} has {free / 1e6:,.1f} MB free, and the trained model takes {needed / 1e6:,.1f} MB: free "
+            "some space or choose another `--output_dir`."
+        )
 
 
 def test_model(

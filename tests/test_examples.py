@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import PIL.Image
@@ -51,6 +52,14 @@ def flags(**arguments):
     for name, value in arguments.items():
         argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return argv
+
+
+def test_a_full_disk_shows_before_training(model_name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gym_cards.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    argv = flags(model_name_or_path=model_name, output_dir=tmp_path, method="vlmq", disable_tqdm=True, **SMALL)
+    with pytest.raises(OSError, match=r"0\.0 MB free, and the trained model takes .* choose another `--output_dir`"):
+        train_gym_cards.main(argv)
+    assert not list(tmp_path.glob("vlmq/*"))
 
 
 def test_all_methods_side_by_side(model_name, tmp_path, capsys):
