@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory dataset's schema, and episodes as Python records: into a dataset, and out of it.
+
+Contents: `trajectory_features`, `FEATURES`; `Turn`, `Episode`; `flatten_content`; `dataset_from_episodes`,
+`episodes_from_dataset`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import io
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+from .validation import ROLES, TrajectoryError
+
+Message = dict[str, Any]
+
+
+def trajectory_features(with_images: bool = True) -> datasets.Features:
+    """The dataset's features; without images, message contents are strings and the image columns are absent."""
+    string = datasets.Value("string")
+    content = datasets.List({"type": string, "text": string}) if with_images else string
+    prompt = datasets.List({"role": string, "content": content})
+    images = datasets.List(datasets.Image())
+    columns: dict[str, Any] = {
+        "prompt": prompt,
+        "images": images,
+        "completion": datasets.List({"role": string, "content": string}),
+        "episode_id": string,
+        "turn": datasets.Value("int32"),
+        "reward": datasets.Value("float32"),
+        "terminated": datasets.Value("bool"),
+        "truncated": datasets.Value("bool"),
+        "final_prompt": prompt,
+        "final_images": images,
+        "action": string,
+        "valid": datasets.Value("bool"),
+        "behavior_logprobs": datasets.List(datasets.Value("float32")),
+        "env_id": string,
+        "seed": datasets.Value("int64"),
+    }
+    if not with_images:
+        del columns["images"], columns["final_images"]
+    return datasets.Features(columns)
+
+
+FEATURES = trajectory_features()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Episodes as Python records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn: the prompt seen, the raw response given, and the reward it earned."""
+
+    prompt: list[Message]
+    images: list  # PIL images or uint8 arrays [H, W, 3], in the order of the prompt's image parts
+    completion: str
+    reward: float
+    action: str = ""  # the parsed action; "" when the response did not parse
+    valid: bool = True
+    behavior_logprobs: list[float] | None = None  # per completion token, end token included
+
+
+@dataclass(frozen=True)
+class Episode:
+    """The turns of one episode, and how it ended."""
+
+    episode_id: str
+    turns: tuple[Turn, ...]
+    terminated: bool
+    truncated: bool
+    final_prompt: list[Message] | None = None  # the observation after a truncated last turn
+    final_images: list | None = None
+    env_id: str = ""
+    seed: int = -1
+
+    @property
+    def return_(self) -> float:
+        """Undiscounted sum of rewards."""
+        return float(sum(turn.reward for turn in self.turns))
+
+    @property
+    def success(self) -> bool:
+        """Whether the undiscounted return is positive."""
+        return self.return_ > 0
+
+    @property
+    def valid_rate(self) -> float:
+        """Fraction of turns with a valid response."""
+        return sum(turn.valid for turn in self.turns) / len(self.turns) if self.turns else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flatten_content(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages whose contents are strings: the text parts joined by newlines. For text-only tokenizers' templates.
+
+    Raises:
+        TrajectoryError: there is an image part.
+    """
+    flat = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            if any(part["type"] == "image" for part in content):
+                raise TrajectoryError("an image part cannot be shown to a text-only model.", column="prompt")
+            content = "\n".join(part["text"] for part in content)
+        flat.append({**message, "content": content})
+    return flat
+
+
+def _structured(messages: Sequence[Mapping[str, Any]], num_images: int) -> list[Message]:
+    """Messages whose contents are lists of {"type", "text"} parts; images precede the first string user message,
+    as in `trl.data_utils.prepare_multimodal_messages`."""
+    result, placed = [], False
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            parts: list[Message] = [{"type": "text", "text": content}]
+            if message["role"] == "user" and not placed:
+                parts = [{"type": "image", "text": None}] * num_images + parts
+                placed = True
+        else:
+            parts = [{"type": part["type"], "text": part.get("text")} for part in content]
+        result.append({"role": message["role"], "content": parts})
+    return result
+
+
+def _clean(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | None:
+    """Messages as they come out of Arrow, without the null `text` of image parts."""
+    if messages is None:
+        return None
+    result: list[Message] = []
+    for message in messages:
+        content = message["content"]
+        if content is not None and not isinstance(content, str):
+            content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        result.append({"role": message["role"], "content": content})
+    return result
+
+
+def _check_messages(messages: Any, num_images: int, *, row: int, column: str) -> None:
+    """Raise unless `messages` is a prompt that ends with the user's (or a tool's) message and shows every image."""
+
+    def fail(problem: str) -> None:
+        raise TrajectoryError(problem, row=row, column=column)
+
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        fail(
+            f"expected a list of messages like [{{'role': 'user', 'content': ...}}], got {type(messages).__name__}; "
+            "wrap plain text in a user message."
+        )
+    if not messages:
+        fail("there is no message; a prompt needs at least one user message.")
+    placeholders, plain_user = 0, False
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            fail("every message needs the keys 'role' and 'content'.")
+        if message["role"] not in ROLES:
+            fail(f"unknown role {message['role']!r}; use one of {', '.join(ROLES)}.")
+        content = message["content"]
+        if content is None:
+            fail("a message's content is null; write the text, or '' for none.")
+        if isinstance(content, str):
+            plain_user |= message["role"] == "user"
+            continue
+        for part in content:
+            kind = part.get("type")
+            if kind == "image":
+                if part.get("image") is not None:
+                    fail(
+                        "an image stands inside the messages; put it into the turn's `images` and keep the part bare."
+                    )
+                placeholders += 1
+            elif kind == "text":
+                if not isinstance(part.get("text"), str):
+                    fail("a text part has no text.")
+            else:
+                fail(f"unknown content part {kind!r}; use 'text' or 'image'.")
+    if messages[-1]["role"] not in ("user", "tool"):
+        fail(f"the last message is the {messages[-1]['role']}'s; a prompt ends with a user (or tool) message.")
+    if placeholders != num_images and not (plain_user and placeholders == 0):
+        fail(f"{placeholders} image parts for {num_images} images; give one image part for each image.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+_temporary: dict[int, Path] = {}  # process id -> folder of datasets built without cache_dir
+
+
+def _temporary_folder() -> Path:
+    """A folder of this process, removed when the process (not a fork of it) exits."""
+    pid = os.getpid()
+    if pid not in _temporary:
+        folder = Path(tempfile.mkdtemp(prefix="vlmq_trl-"))
+        _temporary[pid] = folder
+        atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == pid else None)
+    return _temporary[pid]
+
+
+class _PngCache:
+    """PNG bytes of images; the last `size` distinct arrays are remembered, since environments repeat pictures."""
+
+    def __init__(self, size: int = 4096):
+        self.size = size
+        self.store: dict[tuple, dict[str, Any]] = {}
+
+    def __call__(self, image: Any, *, row: int, column: str) -> dict[str, Any]:
+        def fail(problem: str) -> None:
+            raise TrajectoryError(problem, row=row, column=column)
+
+        key = None
+        if isinstance(image, PIL.Image.Image):
+            pil = image
+            if pil.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+                fail(f"PNG cannot hold mode {pil.mode!r} losslessly; convert the image to 'RGB'.")
+            raw: Any = pil.tobytes() if pil.mode in ("L", "RGB", "RGBA") else None
+            shape: tuple = (pil.mode, pil.size)
+        else:
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+                fail(
+                    f"expected a PIL image or a uint8 array [H, W, 3], got {array.dtype} of shape {list(array.shape)}."
+                )
+            raw, shape, pil = np.ascontiguousarray(array), array.shape, None
+        if raw is not None:
+            key = (shape, hashlib.sha256(raw).digest())
+            if key in self.store:
+                return self.store[key]
+        pil = PIL.Image.fromarray(raw) if pil is None else pil
+        buffer = io.BytesIO()
+        pil.save(buffer, format="PNG", compress_level=3)
+        encoded = {"bytes": buffer.getvalue(), "path": None}
+        if key is not None:
+            if len(self.store) >= self.size:
+                self.store.pop(next(iter(self.store)))
+            self.store[key] = encoded
+        return encoded
+
+
+def _encodable(text: Any, *, row: int, column: str) -> str:
+    """`text` if it is a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise TrajectoryError(f"expected a string, got {type(text).__name__}.", row=row, column=column)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TrajectoryError(
+            f"not valid Unicode (a lone surrogate at position {error.start}); decode responses with errors='replace'.",
+            row=row,
+            column=column,
+        ) from None
+    return text
+
+
+def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _PngCache) -> Iterator[dict[str, Any]]:
+    """The encoded rows of one episode, checked."""
+    last = len(episode.turns) - 1
+    if last < 0:
+        raise TrajectoryError(
+            f"episode {episode.episode_id!r} has no turns; leave it out.", row=first_row, column="turn"
+        )
+    if not (episode.terminated or episode.truncated):
+        raise TrajectoryError(
+            f"episode {episode.episode_id!r} is neither terminated nor truncated; set one of them (truncated for a "
+            "time limit or an interrupted episode, with its final observation).",
+            row=first_row + last,
+            column="terminated",
+        )
+    for k, turn in enumerate(episode.turns):
+        row = first_row + k
+        if not math.isfinite(turn.reward):
+            raise TrajectoryError(f"the reward is {turn.reward}; it must be finite.", row=row, column="reward")
+
+        def messages(value, images, column, row=row):
+            _check_messages(value, len(images), row=row, column=column)
+            for message in value:
+                content = message["content"]
+                for text in [content] if isinstance(content, str) else [p["text"] for p in content if p.get("text")]:
+                    _encodable(text, row=row, column=column)
+            if with_images:
+                return _structured(value, len(images))
+            if images:
+                raise TrajectoryError(
+                    "an image in a text-only dataset; build it with with_images=True.", row=row, column=column
+                )
+            return flatten_content(value)
+
+        final = k == last and episode.final_prompt is not None
+        images = list(turn.images or [])
+        final_images = list(episode.final_images or []) if final else []
+        encoded = {
+            "prompt": messages(turn.prompt, images, "prompt"),
+            "completion": [
+                {"role": "assistant", "content": _encodable(turn.completion, row=row, column="completion")}
+            ],
+            "episode_id": episode.episode_id,
+            "turn": k,
+            "reward": float(turn.reward),
+            "terminated": bool(episode.terminated and k == last),
+            "truncated": bool(episode.truncated and k == last),
+            "final_prompt": messages(episode.final_prompt, final_images, "final_prompt") if final else None,
+            "action": _encodable(turn.action, row=row, column="action"),
+            "valid": bool(turn.valid),
+            "behavior_logprobs": None
+            if turn.behavior_logprobs is None
+            else [float(logprob) for logprob in turn.behavior_logprobs],
+            "env_id": episode.env_id,
+            "seed": int(episode.seed),
+        }
+        if with_images:
+            encoded["images"] = [png(image, row=row, column="images") for image in images]
+            encoded["final_images"] = (
+                [png(image, row=row, column="final_images") for image in final_images] if final else None
+            )
+        yield encoded
+
+
+def dataset_from_episodes(
+    episodes: Iterable[Episode],
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    with_images: bool | None = None,
+    desc: str | None = None,
+) -> datasets.Dataset:
+    """A trajectory dataset from episodes, written to disk as they come, so that it may be larger than memory.
+
+    Args:
+        episodes: any iterable, read once.
+        cache_dir: where the Arrow file is written; by default a temporary folder that is removed when the process
+            ends (`save_trajectories` keeps a dataset).
+        with_images: whether the dataset has image columns; by default, whether the first episode shows an image.
+        desc: label of a progress bar over episodes; no bar without it.
+
+    Raises:
+        TrajectoryError: a bad episode, naming the row, the column and what to do; nothing is left on disk.
+    """
+    source = iter(tqdm(episodes, desc=desc, unit="episode") if desc else episodes)
+    first = next(source, None)
+    if first is None:
+        raise TrajectoryError("there are no episodes; an empty dataset cannot be trained on.")
+    if with_images is None:
+        with_images = any(turn.images for turn in first.turns)
+    folder = Path(cache_dir) if cache_dir is not None else _temporary_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"trajectories-{uuid.uuid4().hex}.arrow"
+    partial = path.with_suffix(".partial")
+    png = _PngCache()
+    seen: set[str] = set()
+    rows = 0
+    try:
+        with ArrowWriter(
+            path=str(partial), features=trajectory_features(with_images), writer_batch_size=500
+        ) as writer:
+            for episode in chain([first], source):
+                name = _encodable(episode.episode_id, row=rows, column="episode_id")
+                if name in seen:
+                    raise TrajectoryError(
+                        f"episode_id {name!r} occurs twice; ids must be unique within a dataset.",
+                        row=rows,
+                        column="episode_id",
+                    )
+                seen.add(name)
+                for row in _episode_rows(episode, rows, with_images, png):
+                    writer.write(row)
+                    rows += 1
+            writer.finalize()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(path))
+
+
+def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> Iterator[Episode]:
+    """The dataset's episodes, in order, one in memory at a time; images come as PIL images. Takes streams too.
+
+    Raises:
+        TrajectoryError: `turn` does not count 0, 1, 2, ... within an episode, or an episode does not end.
+    """
+
+    def finish(rows: list[dict[str, Any]], at: int) -> Episode:
+        last = rows[-1]
+        if not (last["terminated"] or last["truncated"]):
+            raise TrajectoryError(
+                f"episode {last['episode_id']!r} stops here without `terminated` or `truncated`; drop the episode, "
+                "or mark it truncated and give its final observation.",
+                row=at,
+                column="terminated",
+            )
+        return Episode(
+            episode_id=last["episode_id"],
+            turns=tuple(
+                Turn(
+                    prompt=_clean(row["prompt"]) or [],
+                    images=list(row.get("images") or []),
+                    completion=row["completion"][0]["content"],
+                    reward=float(row["reward"]),
+                    action=row.get("action") or "",
+                    valid=bool(row.get("valid", True)),
+                    behavior_logprobs=row.get("behavior_logprobs"),
+                )
+                for row in rows
+            ),
+            terminated=bool(last["terminated"]),
+            truncated=bool(last["truncated"]),
+            final_prompt=_clean(last.get("final_prompt")),
+            final_images=last.get("final_images"),
+            env_id=last.get("env_id") or "",
+            seed=-1 if last.get("seed") is None else int(last["seed"]),
+        )
+
+    rows: list[dict[str, Any]] = []
+    i = -1
+    for i, row in enumerate(ds):
+        if rows and row["episode_id"] != rows[-1]["episode_id"]:
+            yield finish(rows, i - 1)
+            rows = []
+        if row["turn"] != len(rows):
+            raise TrajectoryError(
+                f"turn {row['turn']} of episode {row['episode_id']!r} stands where turn {len(rows)} belongs; keep an "
+                "episode's rows contiguous and in order.",
+                row=i,
+                column="turn",
+            )
+        rows.append(row)
+    if rows:
+        yield finish(rows, i)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trajectory datasets on disk, and datasets made of others.
+
+Contents: `save_trajectories`, `load_trajectories`, `concatenate_trajectories`, `filter_top_returns`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from .validation import TrajectoryError, validate_trajectories
+
+
+def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_format: str = "arrow") -> None:
+    """Write a dataset to the folder `path`: "arrow" (`save_to_disk`, memory-mapped when loaded) or "parquet" (smaller,
+    and what the Hub streams).
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if file_format == "arrow":
+        ds.save_to_disk(str(path))
+    elif file_format == "parquet":
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        ds.to_parquet(str(folder / "train-00000-of-00001.parquet"), batch_size=500)
+    else:
+        raise ValueError(f"file_format must be 'arrow' or 'parquet', got {file_format!r}.")
+
+
+def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """A dataset from a folder that `save_trajectories` wrote, or from a folder or file of parquet.
+
+    Args:
+        streaming: give an `IterableDataset`, read piece by piece (for `episodes_from_dataset`). Without it the dataset
+            has random access and is memory-mapped, so it too may be larger than memory.
+
+    Raises:
+        FileNotFoundError: there is no such data.
+    """
+    folder = Path(path)
+    if (folder / "state.json").is_file():
+        ds = datasets.load_from_disk(str(folder))
+        return ds.to_iterable_dataset() if streaming else ds
+    files = sorted(str(file) for file in folder.glob("**/*.parquet")) if folder.is_dir() else []
+    if folder.is_file() and folder.suffix == ".parquet":
+        files = [str(folder)]
+    if not files:
+        raise FileNotFoundError(
+            f"No trajectories at {folder}: neither a dataset saved by save_trajectories nor parquet files."
+        )
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+
+
+def concatenate_trajectories(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """One dataset of the given ones, in order. Where an episode id occurs in two of them, the ids of all become
+    "<position>/<id>".
+
+    Raises:
+        TrajectoryError: no dataset, or datasets with different columns or types.
+    """
+    if not parts:
+        raise TrajectoryError("there are no datasets to concatenate.")
+    for k, part in enumerate(parts):
+        if part.features != parts[0].features:
+            here, there = set(part.column_names), set(parts[0].column_names)
+            raise TrajectoryError(
+                f"dataset {k} has other features than dataset 0 (only there: {sorted(there - here)}, only here: "
+                f"{sorted(here - there)}); cast it with ds.cast(features), or rebuild it with with_images=True."
+            )
+    ids = [set(part.unique("episode_id")) for part in parts]
+    if sum(map(len, ids)) != len(set().union(*ids)):
+        renamed = []
+        for k, part in enumerate(parts):
+            names = pa.array([f"{k}/{name}" for name in part["episode_id"]], type=pa.string())
+            renamed.append(part.remove_columns("episode_id").add_column("episode_id", names))
+        parts = renamed
+    return datasets.concatenate_datasets(list(parts))
+
+
+def filter_top_returns(ds: datasets.Dataset, fraction: float, seed: int = 0) -> datasets.Dataset:
+    """The ceil(fraction * E) episodes with the highest undiscounted returns, whole and in the dataset's order.
+
+    Ties at the cut are broken at random, by `seed`, so that no part of the dataset is favoured. For return-filtered
+    cloning.
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+        TrajectoryError: a dataset that does not validate.
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
+    index = validate_trajectories(ds, decode_images="none", require_final_observation=False)
+    keep = math.ceil(fraction * len(index) - 1e-9)
+    tie = np.random.default_rng(seed).permutation(len(index))
+    best = np.lexsort((tie, -index.returns))[:keep]
+    chosen = np.zeros(len(index), dtype=bool)
+    chosen[best] = True
+    return ds.select(np.flatnonzero(chosen[index.row_episode]))
