@@ -61,6 +61,14 @@ COMMON: dict[str, Any] = {
     "test_episodes": 1000,
     "before_episodes": 0,
 }
+# The points games need four and more right actions in a row, and pay for them at the end: docs/algorithm.md, "Returns".
+STEP_BY_STEP: dict[str, Any] = {
+    "off_policy_trace": "tree_backup",
+    "token_lambda": 1.0,
+    "turn_lambda": 1.0,
+    "gamma": 1.0,
+    "filter": "exp",
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {
         "title": "NumberLine, random play",
@@ -105,8 +113,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "game": "EZPoints",
             "policy": "flawed:0.6",
             "episodes": 3000,
-            "max_steps": 2000,
-            "eval_steps": 100,
+            **STEP_BY_STEP,
+            "max_steps": 2400,
+            "lr_scheduler_type": "cosine",
+            "eval_steps": 200,
             "eval_episodes": 300,
             "max_completion_length": 64,
         },
