@@ -61,7 +61,7 @@ COMMON: dict[str, Any] = {
     "test_episodes": 1000,
     "before_episodes": 0,
 }
-# The points games need four and more right actions in a row, and pay for them at the end: docs/algorithm.md, "Returns".
+# The points games pay at the end, for four and more right actions in a row: docs/algorithm.md, "Returns".
 STEP_BY_STEP: dict[str, Any] = {
     "off_policy_trace": "tree_backup",
     "token_lambda": 1.0,
@@ -348,7 +348,16 @@ def line(name: str, results: list[dict[str, Any]], solvable: bool = False) -> li
     return [*row, steps, clock(sum(r["train_seconds"] for r in results) / len(results)) if results else ""]
 
 
+# Arguments that a setting's table does not list: they are said elsewhere on the page, or decide nothing.
+NOT_LEARNING = {"game", "policy", "episodes", "max_completion_length", "before_episodes"} | {
+    f"{part}_{name}" for part in ("eval", "test", "sampled_test") for name in ("episodes", "steps")
+}
 HEADER = ["", "greedy, %", "seeds", "sampled, %", "seeds", "best step", "training"]
+
+
+def listed(arguments: dict[str, Any]) -> str:
+    """Arguments that decide what is learned, as text."""
+    return ", ".join(f"`{name}` {value}" for name, value in arguments.items() if name not in NOT_LEARNING)
 
 
 def setting_section(setting: str) -> str:
@@ -365,7 +374,7 @@ def setting_section(setting: str) -> str:
     rows += [line(NAMES[method], results) for method, results in by_method.items()]
     text = (
         f"### {described['title']}\n\n{arguments['episodes']:,} episodes of data. Known figures, greedy or nearly so: "
-        f"{described['known']}\n\n{markdown_table(HEADER, rows)}\n"
+        f"{described['known']} Settings: {listed(arguments)}.\n\n{markdown_table(HEADER, rows)}\n"
     )
     if setting == "Points24":
         rows = [line(NAMES[method], results, solvable=True) for method, results in by_method.items()]
@@ -434,7 +443,8 @@ def report() -> None:
             + ", ".join(f"{name} {number}" for name, number in used.items())
             + ".\n\nSuccess in %: all seeds' test episodes together, with Wilson's 95 % interval, and in the column "
             f"beside it the worst and the best of the {len(SEEDS)} seeds (*: not all are done). `best step` is where "
-            "each seed's validation was best; `training` is the mean time of all optimiser steps, in minutes:seconds."
+            "each seed's validation was best; `training` is the mean time of all optimiser steps, in minutes:seconds. "
+            f"Settings of all, unless said otherwise: {listed(COMMON)}; a method's own are in `learning.py`."
             "\n\n![Learning curves](learning_curves.png)\n\n" + "\n\n".join(filter(None, sections))
         )
         plot(ROOT / "docs" / "learning_curves.png")
