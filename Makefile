@@ -50,6 +50,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
+	$(BIN)/python examples/benchmarks/tabular.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/speed.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
 

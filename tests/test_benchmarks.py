@@ -8,8 +8,9 @@ import time
 import pytest
 
 from examples import train_gym_cards
-from examples.benchmarks import common, learning, speed
+from examples.benchmarks import common, learning, speed, tabular
 from tests import tiny_models
+from vlmq_trl import collect_demonstrations, filter_top_returns
 
 MARKED = "# Page\n\n<!-- {0}: generated, do not edit -->\n\nold\n\n<!-- {0}: end -->\n\nafter\n"
 
@@ -211,3 +212,28 @@ def test_padded_vocabulary(monkeypatch):
     model, processor = speed.build("padded")
     assert model.lm_head.weight.shape == (5000, 192) and model.lm_head.weight is model.get_input_embeddings().weight
     assert len(processor.tokenizer) < 600
+
+
+def test_tables_learn_what_the_data_hold():
+    """Two ways to the goal, each with one bad half, are stitched together by Q-learning only."""
+    good = [("a", "left", 0.0), ("b", "wait", -1.0)]
+    episodes = [good, good, [("a", "right", -1.0), ("b", "go", 1.0)], [("a", "right", -1.0), ("c", "go", 1.0)]]
+    assert tabular.cloned(episodes) == {"a": "left", "b": "wait", "c": "go"}
+    # Q(b, go) = 1, so Q(a, left) = gamma; Q(a, right) = -1 + gamma * (V(b) + V(c)) / 2 = -1 + gamma.
+    assert tabular.q_learned(episodes, 0.9) == {"a": "left", "b": "go", "c": "go"}
+    # One of the two with return 0 is half of four episodes' best, whatever their order.
+    best = tabular.best_episodes(episodes, 0.5, seed=0)
+    assert sorted(tabular.total(steps) for steps in best) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("game", ["NumberLine", "Blackjack", "EZPoints", "Points24"])
+def test_tables_see_the_data_of_the_models(game):
+    env_id, policy = f"vlmq_trl/{game}-v0", "flawed:0.3"
+    dataset = collect_demonstrations(env_id, policy=policy, episodes=12, seed=5, progress=False)
+    demonstrate = tabular.make_demonstrator(env_id, policy)
+    played = tabular.play(env_id, lambda game, here, rng: demonstrate(game, rng).action, 12, 5)
+    steps = [(action, reward) for episode in played for _, action, reward in episode]
+    assert steps == list(zip(dataset["action"], dataset["reward"], strict=True))
+    best = [tabular.total(steps) for steps in tabular.best_episodes(played, 0.25, seed=3)]
+    rewards = sum(filter_top_returns(dataset, 0.25, seed=3)["reward"])
+    assert sum(best) == pytest.approx(rewards)
