@@ -141,7 +141,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft", "before_episodes": 300},
     "filtered_bc": {"method": "filtered_bc", "top_fraction": 0.1},
     "vlmq_scalar": {"method": "vlmq", "critic_type": "scalar"},
-    "vlmq_vocab": {"method": "vlmq", "critic_type": "vocab", "critic_learning_rate": 5e-3},
+    "vlmq_vocab": {
+        "method": "vlmq",
+        "critic_type": "vocab",
+        "critic_learning_rate": 5e-3,
+        "off_policy_trace": "tree_backup",
+    },
 }
 NAMES = {
     "sft": "SFT",
@@ -159,6 +164,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "filter_none": {**SCALAR, "filter": "none"},
     "filter_exp": {**SCALAR, "filter": "exp"},
     "value_expectile_0.5": {**SCALAR, "value_expectile": 0.5},
+    "scalar_tree_backup": {**SCALAR, "off_policy_trace": "tree_backup"},
+    "vocab_no_trace": {name: value for name, value in VOCAB.items() if name != "off_policy_trace"},
     "vocab_conservative_0": {**VOCAB, "conservative_coef": 0.0},
 }
 # Title, then lines: the name in the table, the run.
@@ -173,6 +180,15 @@ ABLATION_TABLES: list[tuple[str, list[tuple[str, str]]]] = [
     ),
     ("Filter", [("`none`", "filter_none"), ("`binary`", "vlmq_scalar"), ("`exp`", "filter_exp")]),
     ("Expectile of V", [("0.5", "value_expectile_0.5"), ("0.8", "vlmq_scalar")]),
+    (
+        "Trace",
+        [
+            ("scalar critic, `none`", "vlmq_scalar"),
+            ("scalar critic, `tree_backup`", "scalar_tree_backup"),
+            ("vocabulary-wide critic, `none`", "vocab_no_trace"),
+            ("vocabulary-wide critic, `tree_backup`", "vlmq_vocab"),
+        ],
+    ),
     (
         "Conservative term of the vocabulary-wide critic",
         [("without (0)", "vocab_conservative_0"), ("with (0.1)", "vlmq_vocab")],
