@@ -469,20 +469,32 @@ def report() -> None:
 
 
 def summary() -> str:
-    """The README's table: greedy success of each method in each setting."""
+    """The README's table: greedy success of each method in each setting, and of `tabular.py`'s Q-learning."""
     variants = ["sft", "filtered_bc", "vlmq_scalar", "vlmq_vocab"]
+    tables = (read_json(RESULTS / "tabular.json") or {"results": []})["results"]
     rows = []
     for setting, described in SETTINGS.items():
         levels = [pooled(finished(setting, variant), "greedy") for variant in variants]
         if not any(levels):
             continue
+        told = [table for table in tables if table["setting"] == setting]
         some = next(r for variant in variants if (r := finished(setting, variant)))
         data = pooled([as_test(r["data"]) for r in some], "sampled")
         shown = [f"{100 * level['rate']:.1f}" if level else "–" for level in levels]
-        rows.append([described["title"], f"{100 * data['rate']:.1f}", *shown])
+        wins = sum(table["successes"]["q_learning"] for table in told)
+        limit = f"{100 * wins / sum(table['test_episodes'] for table in told):.1f}" if told else "–"
+        rows.append([described["title"], f"{100 * data['rate']:.1f}", *shown, limit])
     if not rows:
         return "The table appears here once `make bench` has run."
-    header = ["success in %, greedy", "the data", "SFT", "filtered cloning", "VLMQ", "VLMQ, vocabulary-wide"]
+    header = [
+        "success in %, greedy",
+        "the data",
+        "SFT",
+        "filtered cloning",
+        "VLMQ",
+        "VLMQ, vocabulary-wide",
+        "Q-table",
+    ]
     return markdown_table(header, rows)
 
 
