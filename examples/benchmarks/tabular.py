@@ -31,12 +31,11 @@ from examples.benchmarks.common import (
     write_json,
     write_section,
 )
-from examples.benchmarks.learning import COMMON, METHODS, SEEDS, SETTINGS, Run
+from examples.benchmarks.learning import METHODS, SEEDS, SETTINGS, Run
 from vlmq_trl import VLMQConfig, make_demonstrator, wilson_interval
 from vlmq_trl.envs.gym_cards import Blackjack, NumberLine, PointsGame, card_value
 
 LEARNERS = {"cloning": "cloning", "filtered": "filtered cloning, best tenth", "q_learning": "Q-learning"}
-TEST_EPISODES = 1000
 
 Step = tuple[Any, str, float]  # state, action, reward
 
@@ -150,7 +149,7 @@ def measure(setting: str, seed: int) -> dict[str, Any]:
         "filtered": cloned(best_episodes(data, METHODS["filtered_bc"]["top_fraction"], seed)),
         "q_learning": q_learned(data, gamma),
     }
-    episodes = max(TEST_EPISODES, arguments.get("test_episodes", COMMON["test_episodes"]))
+    episodes = arguments["test_episodes"]
     return {
         "setting": setting,
         "seed": seed,

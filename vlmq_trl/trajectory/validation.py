@@ -155,22 +155,33 @@ def _message_facts(chunk: pa.Array) -> np.ndarray:
     return facts
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _message_keys(kind: pa.DataType) -> set[str] | None:
+    """The messages' keys in a list of messages; None for another type."""
+    if not _is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return None
+    return {kind.value_type.field(i).name for i in range(kind.value_type.num_fields)}
+
+
 def _check_prompts(columns: _Columns, column: str, image_column: str | None, skip: np.ndarray) -> None:
     """Raise at the first bad prompt of `column`; rows in `skip` [R] are null by right."""
     kind = columns.table.schema.field(column).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    names = _message_keys(kind)
+    if names is None:
         raise TrajectoryError(
             f"expected a list of messages like [{{'role': 'user', 'content': ...}}], found {kind}; wrap plain text in "
             "a user message.",
             column=column,
         )
-    names = {kind.value_type.field(i).name for i in range(kind.value_type.num_fields)}
     if not {"role", "content"} <= names:
         raise TrajectoryError(
             f"messages need the keys 'role' and 'content', found {sorted(names)}; rename them.", column=column
         )
     content = kind.value_type.field("content").type
-    if pa.types.is_list(content) or pa.types.is_large_list(content):
+    if _is_list(content):
         part = content.value_type
         if not pa.types.is_struct(part) or part.get_field_index("type") < 0 or part.get_field_index("text") < 0:
             raise TrajectoryError(
@@ -209,13 +220,14 @@ def _check_prompts(columns: _Columns, column: str, image_column: str | None, ski
 def _check_completions(columns: _Columns) -> None:
     column = "completion"
     kind = columns.table.schema.field(column).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    names = _message_keys(kind)
+    if names is None:
         raise TrajectoryError(
             f"expected a list with one assistant message, found {kind}; write "
             "[{'role': 'assistant', 'content': response}].",
             column=column,
         )
-    if kind.value_type.get_field_index("role") < 0 or kind.value_type.get_field_index("content") < 0:
+    if not {"role", "content"} <= names:
         raise TrajectoryError("the message needs the keys 'role' and 'content'; rename them.", column=column)
     if not pa.types.is_string(kind.value_type.field("content").type):
         raise TrajectoryError(
@@ -469,7 +481,7 @@ def _check_logprobs(columns: _Columns) -> None:
     kind = columns.table.schema.field(column).type
     if pa.types.is_null(kind):
         return
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _is_number(kind.value_type):
+    if not _is_list(kind) or not _is_number(kind.value_type):
         raise TrajectoryError(
             f"expected a list of floats or null, found {kind}; one log-probability per completion token.",
             column=column,
