@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     with args.main_process_first(desc="model and data"):
         model_name = model_config.model_name_or_path or embedded_model(script)
         dataset = load_data(script, agent_format)
-    index = validate_trajectories(dataset, decode_images="none")
+    index = validate_trajectories(dataset, check_images="none")
     successes = int(index.success.sum())
     low, high = wilson_interval(successes, len(index))
     data = {

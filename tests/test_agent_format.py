@@ -68,6 +68,7 @@ def test_json_is_found_inside_other_text(action, before, after):
         ('{"action": "+"}', "+"),
         ('  {"thoughts": "a", "action": " hit "}\n', "hit"),
         ('{"action": 10}', "10"),
+        ('{"action": Infinity}', None),
         ('{"action": 1e999}', "1e999"),
         ('{"action": -0.50}', "-0.50"),
         ('{"action": "a"} then {"action": "b"}', "b"),
@@ -235,3 +236,17 @@ def test_callable_format():
         assert CallableFormat(parse_fn=lambda r: ParsedAction(" a ", True)).parse("") == ParsedAction("a", True)
         assert CallableFormat(parse_fn=lambda r: ParsedAction("a", False)).parse("") == INVALID
         assert CallableFormat(parse_fn=lambda r: 3).parse("") == INVALID
+        for wrong in (None, 5):
+            assert CallableFormat(parse_fn=lambda r, wrong=wrong: ParsedAction(wrong, True)).parse("") == INVALID
+
+
+def test_a_callable_format_shows_as_much_as_its_base():
+    past = [Exchange({"text": str(k)}, f"answer {k}") for k in range(3)]
+    plain = PlainFormat(history=2, system_prompt="Play.")
+    expected = plain.build_prompt("task", {"text": "now"}, past)
+    inherited = CallableFormat(base=plain)
+    own = CallableFormat(history=2, system_prompt="Play.", parse_fn=str.upper)
+    for fmt in (inherited, own):
+        assert fmt.build_prompt("task", {"text": "now"}, past) == expected
+        assert (fmt.history, fmt.system_prompt) == (2, "Play.")
+    assert len(CallableFormat(history=1, base=plain).build_prompt("task", {"text": "now"}, past)[0]) == 4

@@ -22,12 +22,17 @@ from vlmq_trl.trajectory import (
 )
 
 RGB = np.zeros((4, 6, 3), dtype=np.uint8)
+NOISE = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
+
+
+def picture(file_format: str, pixels: np.ndarray = RGB) -> dict:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=file_format)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def png() -> dict:
-    buffer = io.BytesIO()
-    Image.fromarray(RGB).save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+    return picture("PNG")
 
 
 def user(*parts: dict) -> list[dict]:
@@ -97,6 +102,7 @@ def rename(row, name):
 
 
 BROKEN_PNG = {"bytes": png()["bytes"][:40], "path": None}
+BROKEN_JPEG = {"bytes": picture("JPEG")["bytes"][:-200], "path": None}
 
 # (change of the rows, row, column, part of the message)
 BROKEN_ROWS = {
@@ -179,7 +185,7 @@ def test_broken_rows(change, row, column, words):
     change(rows)
     ds = datasets.Dataset.from_list(rows, features=FEATURES)
     with pytest.raises(TrajectoryError) as caught:
-        validate_trajectories(ds, decode_images="all")
+        validate_trajectories(ds, check_images="all")
     assert (caught.value.row, caught.value.column) == (row, column)
     assert str(caught.value).startswith(f"row {row}, column `{column}`: ")
     assert words in str(caught.value)
@@ -226,13 +232,25 @@ def test_broken_columns(change, column, words):
     assert words in str(caught.value)
 
 
-def test_decoding_can_be_left_out():
+def test_every_picture_is_checked_and_not_a_sample_only():
+    rows = [row for k in range(40) for row in good_rows()]
+    for k, row in enumerate(rows):
+        row["episode_id"] = f"{row['episode_id']}{k // 5}"
+    for wrong in (BROKEN_PNG, {"bytes": png()["bytes"].replace(b"IDAT", b"IDAX"), "path": None}, BROKEN_JPEG):
+        rows[102]["images"] = [wrong]
+        ds = datasets.Dataset.from_list(rows, features=FEATURES)
+        with pytest.raises(TrajectoryError, match="row 102, column `images`: image 0 does not decode"):
+            validate_trajectories(ds)
+        validate_trajectories(ds, "sample")  # row 102 is not in it
+
+
+def test_checking_pictures_can_be_left_out():
     rows = good_rows()
     rows[1]["images"] = [BROKEN_PNG]
     ds = datasets.Dataset.from_list(rows, features=FEATURES)
-    validate_trajectories(ds, decode_images="none")
-    with pytest.raises(ValueError, match="must be 'first', 'all' or 'none'"):
-        validate_trajectories(ds, decode_images="some")
+    validate_trajectories(ds, check_images="none")
+    with pytest.raises(ValueError, match="must be 'all', 'sample' or 'none'"):
+        validate_trajectories(ds, check_images="some")
 
 
 def test_final_observations_can_be_left_out():
@@ -258,6 +276,19 @@ BROKEN_EPISODES = {
     "id is a number": ([episode(turn(), episode_id=3)], 0, "episode_id", "expected a string, got int"),
     "never ends": ([episode(turn(), terminated=False)], 0, "terminated", "neither terminated nor truncated"),
     "nan reward": ([episode(turn(), turn(reward=float("nan")))], 1, "reward", "the reward is nan"),
+    "reward is nothing": ([episode(turn(reward=None))], 0, "reward", "the reward is a NoneType"),
+    "reward beyond float32": ([episode(turn(reward=1e39))], 0, "reward", "finite, in float32 too"),
+    "seed is nothing": ([episode(turn(), seed=None)], 0, "seed", "expected an int64"),
+    "seed beyond int64": ([episode(turn(), seed=2**70)], 0, "seed", "expected an int64"),
+    "surrogate in env_id": ([episode(turn(), env_id="\ud800")], 0, "env_id", "a lone surrogate"),
+    "content is a number": ([episode(turn(prompt=[{"role": "user", "content": 5}]))], 0, "prompt", "list of parts"),
+    "part is a string": ([episode(turn(prompt=user("hi")))], 0, "prompt", "list of parts"),
+    "unread broken image": (
+        [episode(turn(images=[Image.open(io.BytesIO(picture("PNG", NOISE)["bytes"][:500]))]))],
+        0,
+        "images",
+        "the image does not decode",
+    ),
     "prompt is text": ([episode(turn(prompt="go"))], 0, "prompt", "wrap plain text in a user message"),
     "empty prompt": ([episode(turn(prompt=[], images=[]))], 0, "prompt", "there is no message"),
     "unknown role": ([episode(turn(prompt=[{"role": "bot", "content": "x"}]))], 0, "prompt", "unknown role 'bot'"),

@@ -184,8 +184,9 @@ def test_bad_settings(env_id, kwargs, text):
     ("cls", "options", "text"),
     [
         (NumberLine, {"curent": 1}, r"unknown options \['curent'\]; it knows current, target"),
-        (NumberLine, {"current": 2, "target": 2}, "two different numbers in 0..5, not 2 and 2"),
-        (NumberLine, {"current": 6, "target": 2}, "two different numbers in 0..5, not 6 and 2"),
+        (NumberLine, {"current": 2, "target": 2}, "two different whole numbers in 0..5, not 2 and 2"),
+        (NumberLine, {"current": 6, "target": 2}, "two different whole numbers in 0..5, not 6 and 2"),
+        (NumberLine, {"target": 1.5}, "two different whole numbers in 0..5, not . and 1.5"),
         (EZPoints, {"cards": ["5"]}, "cards must be 2 ranks"),
         (EZPoints, {"cards": ["5", "11"]}, "cards must be 2 ranks"),
         (Points24, {"cards": ["5", "5"]}, "cards must be 4 ranks"),
@@ -269,6 +270,17 @@ def test_number_line_moves(current, target, action, outcome, after):
     assert env.state_text() == {"current number": str(after), "target number": str(target)}
 
 
+@pytest.mark.parametrize("name", ["current", "target"])
+def test_number_line_one_number_set_leaves_the_other_uniform(name):
+    seen = Counter()
+    for seed in range(1000):
+        env = start(NumberLine, {name: 3}, seed=seed)
+        assert getattr(env, name) == 3
+        seen[env.target if name == "current" else env.current] += 1
+    assert sorted(seen) == [0, 1, 2, 4, 5]
+    assert all(150 < count < 250 for count in seen.values())
+
+
 def test_number_line_is_truncated_after_ten_turns():
     outcomes = play(start(NumberLine, {"current": 0, "target": 5}), "-" * 10)
     assert outcomes == [(-1.0, False, False)] * 9 + [(-1.0, False, True)]
@@ -326,6 +338,12 @@ def test_ezpoints_is_truncated_past_five_entries():
     assert play(env, ["9"] * 6)[-1] == (-1.0, False, True)  # -1, not -2
     env = start(EZPoints, {"cards": ["5", "7"]})
     assert play(env, ["5", "+", "9", "9", "7", "="])[-1] == (10.0, True, False)
+
+
+def test_invalid_turns_count_against_the_turns_and_not_against_the_entries():
+    env = start(EZPoints, {"cards": ["5", "7"]}, invalid_penalty=0.5)
+    outcomes = play(env, ["?", "?", "?", "5", "+", "7"])
+    assert outcomes == [(-0.5, False, False)] * 3 + [(0.0, False, False)] * 2 + [(0.0, False, True)]
 
 
 def test_an_illegal_number_is_a_valid_response_and_leaves_a_blank():

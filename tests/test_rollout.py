@@ -148,6 +148,25 @@ def test_history_shows_the_last_turns():
     assert last.prompt[0]["content"][1]["text"].startswith("Say down.\n")
 
 
+class OneBuffer(Countdown):
+    """Draws every picture into the same array."""
+
+    buffer = np.zeros((2, 2, 3), dtype=np.uint8)
+
+    def observe(self):
+        self.buffer[:] = self.count
+        return {"image": self.buffer}
+
+
+def test_pictures_are_kept_when_an_environment_draws_over_them():
+    fmt = PlainFormat(history=1)
+    episode = next(play_episodes(OneBuffer, Scripted(), episodes=1, seed=1, agent_format=fmt))
+    shown = [[int(image[0, 0, 0]) for image in turn.images] for turn in episode.turns]
+    first = shown[0][0]
+    assert first > 1
+    assert shown == [[first]] + [[count + 1, count] for count in range(first - 1, first - len(shown), -1)]
+
+
 def test_text_only_environments_and_log_probabilities():
     played = list(play_episodes(lambda: Countdown(images=False), Scripted(logprobs=True), episodes=3))
     ds = dataset_from_episodes(played)
@@ -163,6 +182,8 @@ def test_text_only_environments_and_log_probabilities():
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"num_envs": 0}, ValueError, "num_envs must be at least 1"),
         ({"max_turns": 0}, ValueError, "max_turns must be at least 1"),
+        ({"agent_format": "json"}, TypeError, "pass for example make_format\\('json'\\)"),
+        ({"agent_format": str.strip}, TypeError, "pass for example CallableFormat"),
         ({"env": Countdown()}, TypeError, "a function that makes a new environment, got Countdown"),
         ({"env": lambda: SHARED}, ValueError, "returned the same object twice"),
         ({"env": lambda: "text"}, TypeError, "factory returned str"),

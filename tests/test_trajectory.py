@@ -3,6 +3,7 @@
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -173,9 +174,20 @@ def test_save_and_load(ds, tmp_path, file_format, streaming):
     assert isinstance(loaded, datasets.IterableDataset if streaming else datasets.Dataset)
     assert loaded.features == ds.features
     if not streaming:
-        validate_trajectories(loaded, decode_images="all")
+        validate_trajectories(loaded, check_images="all")
     for one, other in zip(EPISODES, episodes_from_dataset(loaded), strict=True):
         assert_equal_episodes(one, other)
+
+
+@pytest.mark.parametrize("first", ["arrow", "parquet"])
+def test_saving_over_another_dataset(ds, tmp_path, first):
+    second = "parquet" if first == "arrow" else "arrow"
+    save_trajectories(ds, tmp_path, file_format=first)
+    with pytest.raises(FileExistsError, match="save to a new folder"):
+        save_trajectories(ds, tmp_path, file_format=second)
+    fewer = ds.select(range(int(np.argmax(ds["terminated"])) + 1))
+    save_trajectories(fewer, tmp_path, file_format=first)
+    assert len(load_trajectories(tmp_path)) == len(fewer)
 
 
 def test_files_that_are_not_there(ds, tmp_path):
@@ -186,7 +198,7 @@ def test_files_that_are_not_there(ds, tmp_path):
 
 
 def test_episode_index(ds):
-    index = validate_trajectories(ds, decode_images="all")
+    index = validate_trajectories(ds, check_images="all")
     assert len(index) == 4 and index.num_rows == 7
     assert index.episode_ids.tolist() == ["won", "cut", "short", "logprobs"]
     assert index.first_row.tolist() == [0, 3, 5, 6]
@@ -211,11 +223,11 @@ def test_returns_to_go_by_hand(ds):
 
 def test_selections_validate_with_their_own_rows(ds):
     chosen = ds.select([5, 0, 1, 2])  # an indices mapping
-    index = validate_trajectories(chosen, decode_images="all")
+    index = validate_trajectories(chosen, check_images="all")
     assert index.episode_ids.tolist() == ["short", "won"]
     assert index.reward.tolist() == [-0.5, 0.0, 0.5, 1.0]
     part = ds.select(range(3, 6))  # a slice of the table
-    assert validate_trajectories(part, decode_images="all").episode_ids.tolist() == ["cut", "short"]
+    assert validate_trajectories(part, check_images="all").episode_ids.tolist() == ["cut", "short"]
     with pytest.raises(TrajectoryError, match=r"row 1, column `turn`: turn 2 .* where turn 1 belongs"):
         validate_trajectories(ds.select([0, 2, 1]))
 
@@ -236,11 +248,17 @@ def test_datasets_made_with_other_tools_validate():
     plain = datasets.Dataset.from_list(rows)
     assert validate_trajectories(plain).returns.tolist() == [1.0]
     assert [turn.completion for turn in next(episodes_from_dataset(plain)).turns] == ["hi", "hi"]
+    assert next(episodes_from_dataset(plain.with_format("torch"))).turns[1].reward == 1.0
+    large = pa.large_list(pa.struct({"role": pa.large_string(), "content": pa.large_string()}))
+    table = plain.data.table
+    for name in ("prompt", "completion"):
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(large))
+    assert validate_trajectories(datasets.Dataset(table)).returns.tolist() == [1.0]
 
 
 def test_concatenate(ds):
     both = concatenate_trajectories([ds, ds])
-    index = validate_trajectories(both, decode_images="all")
+    index = validate_trajectories(both, check_images="all")
     assert index.episode_ids.tolist()[3:5] == ["0/logprobs", "1/won"]
     other = dataset_from_episodes([make_episode("other", [1.0])])
     assert validate_trajectories(concatenate_trajectories([ds, other])).episode_ids.tolist()[-1] == "other"

@@ -489,6 +489,22 @@ def test_greedy_answers(name):
         assert answers(policy, [*requests, *new]) == [*expected, "new", "new"] and len(generated) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_models_own_penalties_and_cut_offs_do_not_count(temperature):
+    model, processor = tiny_models.build("llama")
+    requests = requests_for(TEXTS, "llama")
+
+    def answer():
+        torch.manual_seed(0)
+        return answers(ModelPolicy(model, processor, temperature=temperature, max_completion_length=8), requests)
+
+    expected = answer()
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, typical_p=0.1, top_k=1, top_p=0.1, min_length=50
+    )
+    assert answer() == expected
+
+
 def test_sampled_answers_follow_the_seed():
     model, processor = tiny_models.build("llama")
     requests = requests_for(["red"] * 4, "llama")

@@ -21,7 +21,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -168,6 +168,7 @@ class PlainFormat(AgentFormat):
 
 _ACTION_KEY = re.compile(r"[\"']action[\"']\s*:\s*")
 _MAX_JSON_CANDIDATES = 16
+_NO_ACTIONS = ("null", "true", "false", "None", "True", "False", "NaN", "Infinity", "-Infinity")
 
 
 def _balanced_spans(text: str) -> list[tuple[int, int]]:
@@ -215,7 +216,7 @@ def _after_action_key(text: str) -> ParsedAction:
                 return INVALID
         return _accept(value)
     value = re.split(r"[,}\n]", rest, maxsplit=1)[0].strip()
-    if value[:1] in ("[", "{", '"', "'") or value in ("null", "true", "false", "None", "True", "False", "NaN"):
+    if value[:1] in ("[", "{", '"', "'") or value in _NO_ACTIONS:
         return INVALID
     return _accept(value)
 
@@ -302,7 +303,7 @@ class JSONCoTFormat(AgentFormat):
 
 @dataclass(frozen=True)
 class CallableFormat(AgentFormat):
-    """A format from a user's own functions; what is not given behaves like `base`."""
+    """A format from a user's own functions; what is not given, `history` and `system_prompt` too, is as in `base`."""
 
     # (task, observation, history) -> (messages, images)
     prompt_fn: Callable[..., tuple[list[Message], list[np.ndarray]]] | None = None
@@ -313,6 +314,14 @@ class CallableFormat(AgentFormat):
     base: AgentFormat = field(default_factory=PlainFormat)
 
     name = "callable"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        history = self.history or self.base.history
+        system_prompt = self.base.system_prompt if self.system_prompt is None else self.system_prompt
+        object.__setattr__(self, "history", history)
+        object.__setattr__(self, "system_prompt", system_prompt)
+        object.__setattr__(self, "base", replace(self.base, history=history, system_prompt=system_prompt))
 
     def build_prompt(
         self, task: str, observation: Mapping[str, Any], history: Sequence[Exchange] = ()
@@ -340,7 +349,7 @@ class CallableFormat(AgentFormat):
             )
             return INVALID
         if isinstance(parsed, ParsedAction):
-            return _accept(parsed.action) if parsed.valid else INVALID
+            parsed = parsed.action if parsed.valid else None
         return _accept(parsed) if isinstance(parsed, str) else INVALID
 
 
@@ -359,6 +368,13 @@ def make_format(
     if name == "json_cot":
         return JSONCoTFormat(history, system_prompt, tuple(reading_fields))
     raise ValueError(f"Unknown agent format {name!r}: use 'plain', 'json' or 'json_cot', or pass an AgentFormat.")
+
+
+def check_format(agent_format: Any) -> None:
+    """Raises TypeError unless it is an `AgentFormat`, or None (the environment's own)."""
+    if agent_format is not None and not isinstance(agent_format, AgentFormat):
+        hint = f"make_format({agent_format!r})" if isinstance(agent_format, str) else "CallableFormat(parse_fn=...)"
+        raise TypeError(f"agent_format must be an AgentFormat, got {agent_format!r}; pass for example {hint}.")
 
 
 def default_format(env: Any) -> AgentFormat:

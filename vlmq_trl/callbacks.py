@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
 
-from .agent_format import AgentFormat
+from .agent_format import AgentFormat, check_format
 from .policy import evaluate_model
 from .rollout import EnvSpec
 
@@ -79,6 +79,7 @@ class EnvEvaluationCallback(TrainerCallback):
         for name, value in (("eval_steps", eval_steps), ("episodes", episodes), ("num_envs", num_envs)):
             if value < 1:
                 raise ValueError(f"`{name}={value}`: it must be at least 1.")
+        check_format(agent_format)
         if stop_at_success is not None and not 0 < stop_at_success <= 1:
             raise ValueError(f"`stop_at_success={stop_at_success}`: it must lie in (0, 1], or be None.")
         self.env, self.eval_steps, self.keep_best = env, eval_steps, keep_best

@@ -4,6 +4,7 @@
 Contents: `stop_token_ids`, `ModelPolicy`, `evaluate_model`.
 """
 
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,14 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
     return sorted(ids - {None})
 
 
+# What a model's own generation config may hold and `generate` would add: the policy is the softmax of the logits.
+UNTOUCHED_LOGITS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+FULL_SUPPORT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
+
 class ModelPolicy:
-    """Answers requests with a model's generations.
+    """Answers requests with a model's generations, of the logits as they are: the most likely token, or a sample from
+    the softmax; penalties and cut-offs of the model's own generation config do not count.
 
     Greedy answers are deterministic, so equal requests are generated once and remembered for this object's life: make
     a new one when the weights change.
@@ -65,9 +72,9 @@ class ModelPolicy:
     ):
         self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        sampling = {"do_sample": True, "temperature": temperature, **FULL_SUPPORT} if temperature else {}
         self.generation_config = GenerationConfig(
-            **{"do_sample": False, **sampling},
+            **{"do_sample": False, **UNTOUCHED_LOGITS, **sampling},
             max_new_tokens=max_completion_length,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=stop_token_ids(processing_class, model.generation_config),
@@ -81,7 +88,9 @@ class ModelPolicy:
         if self.memory is None:
             texts = self._generate_all(rows)
         else:
-            keys = [(text, *(image.tobytes() for image in images)) for text, images in rows]
+            keys = [
+                (text, *((image.shape, sha256(image.tobytes()).digest()) for image in images)) for text, images in rows
+            ]
             new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
             self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
             texts = [self.memory[key] for key in keys]

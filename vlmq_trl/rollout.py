@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 from tqdm.auto import tqdm
 
-from vlmq_trl.agent_format import AgentFormat, Exchange, default_format
+from vlmq_trl.agent_format import AgentFormat, Exchange, check_format, default_format
 from vlmq_trl.envs import Demonstrator, make_demonstrator
 from vlmq_trl.metrics import load_metric
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes
@@ -88,6 +88,13 @@ class _Running:
 def _task(env: gymnasium.Env) -> str:
     """The environment's task text, which may change from episode to episode."""
     return str(env.get_wrapper_attr("task")) if env.has_wrapper_attr("task") else ""
+
+
+def _kept(observation: Any) -> Any:
+    """An observation whose image is a copy: environments may draw every picture into the same buffer."""
+    if not isinstance(observation, Mapping) or observation.get("image") is None:
+        return observation
+    return {**observation, "image": np.array(observation["image"])}
 
 
 def _env_name(env: EnvSpec) -> str:
@@ -158,6 +165,7 @@ def play_episodes(
         raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
     if max_turns is not None and max_turns < 1:
         raise ValueError(f"max_turns must be at least 1, got {max_turns}.")
+    check_format(agent_format)
     return _play(env, policy, episodes, seed, agent_format, num_envs, env_kwargs, max_turns, id_prefix, progress)
 
 
@@ -186,7 +194,7 @@ def _play(
         fmt = agent_format if agent_format is not None else default_format(envs[0])
 
         def start(one: gymnasium.Env, number: int) -> _Running:
-            observation, _ = one.reset(seed=seed + number)
+            observation = _kept(one.reset(seed=seed + number)[0])
             prompt, images = fmt.build_prompt(_task(one), observation, ())
             rng = np.random.default_rng((seed + number, 1))
             return _Running(one, number, rng, observation, prompt, images, deque(maxlen=fmt.history))
@@ -250,7 +258,7 @@ def _advance(
         )
     )
     slot.history.append(Exchange(slot.observation, response.text))
-    slot.observation = observation
+    slot.observation = observation = _kept(observation)
     if max_turns is not None and len(slot.turns) >= max_turns and not terminated:
         truncated = True
     if not terminated or truncated:
@@ -292,6 +300,7 @@ def collect_demonstrations(
         cache_dir: where the data is written (`dataset_from_episodes`).
         Others: as `play_episodes`.
     """
+    check_format(agent_format)
     probe = make_env(env_id, env_kwargs)
     try:
         fmt = agent_format if agent_format is not None else default_format(probe)

@@ -25,7 +25,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import losses
-from .agent_format import AgentFormat
+from .agent_format import AgentFormat, check_format
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
@@ -121,6 +121,7 @@ class VLMQTrainer(SFTTrainer):
                 "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
                 "data has `behavior_logprobs`. Choose 'tree_backup', which needs none."
             )
+        check_format(agent_format)
         if eval_env is not None:
             make_env(eval_env).close()  # an unknown id or a broken factory shows now, not at the first evaluation
         self.eval_env, self.agent_format = eval_env, agent_format

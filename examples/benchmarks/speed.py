@@ -103,7 +103,7 @@ def turns(count: int) -> Any:
     from vlmq_trl import collect_demonstrations, validate_trajectories
 
     data = collect_demonstrations("vlmq_trl/Points24-v0", policy="random", episodes=count, seed=SEED, progress=False)
-    index = validate_trajectories(data, decode_images="none")
+    index = validate_trajectories(data, check_images="none")
     rows: list[int] = []
     for first, length in zip(index.first_row.tolist(), index.length.tolist(), strict=True):
         if len(rows) + length <= count:

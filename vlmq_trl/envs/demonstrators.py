@@ -74,6 +74,7 @@ def make_demonstrator(env_id: str, policy: str, flaw_probability: float = 0.6) -
     Raises:
         ValueError: the game or the policy is unknown, or a probability or weight is out of range.
     """
+    env_id = env_id.rpartition(":")[2]  # Gymnasium's "module:id" imports the module first
     if env_id not in GAMES:
         raise ValueError(f"no demonstrator for {env_id!r}; there is one for {', '.join(GAMES)}")
     members = _parse_policy(policy, flaw_probability)

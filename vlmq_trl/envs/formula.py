@@ -50,7 +50,7 @@ def _advance(state: _State, entry: str) -> _State | None:
     if pending:
         if entry == "(":
             return _State(state, _ZERO, _ONE, "*")
-        if entry.isascii() and entry.isdigit() and len(entry) <= MAX_DIGITS:
+        if isinstance(entry, str) and entry.isascii() and entry.isdigit() and len(entry) <= MAX_DIGITS:
             return _operand(state, Fraction(int(entry)))
         return None
     if entry == "+":

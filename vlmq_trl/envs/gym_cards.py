@@ -64,13 +64,15 @@ class NumberLine(TextActionEnv):
         self.current = int(self.np_random.integers(self.max_position))
         self.current += self.current >= self.target  # uniform over the five other positions
         if options:
-            self.target = int(options.get("target", self.target))
-            self.current = int(options.get("current", self.current))
+            # A number that is drawn gives way to one that is set, and stays uniform over the five others.
+            drawn = self.target, self.current
+            self.target = options.get("target", drawn[drawn[0] == options.get("current")])
+            self.current = options.get("current", drawn[drawn[1] != options.get("target")])
             if self.target == self.current or not all(
-                0 <= n <= self.max_position for n in (self.target, self.current)
+                n in range(self.max_position + 1) for n in (self.target, self.current)
             ):
                 raise ValueError(
-                    "NumberLine.reset: current and target must be two different numbers in "
+                    "NumberLine.reset: current and target must be two different whole numbers in "
                     f"0..{self.max_position}, not {self.current} and {self.target}"
                 )
 
@@ -93,7 +95,8 @@ class PointsGame(TextActionEnv):
 
     A number appends if a card of that value is unused; otherwise it costs 1 and appends a blank. `=` gives 10 if every
     card is used and the formula equals `goal`, else -1. The turn that takes the formula past `max_entries` is
-    truncated with -1 (not -2 if its number was illegal too). `reset(options={"cards": ["5", "7"]})` sets the cards.
+    truncated with -1 (not -2 if its number was illegal too); an invalid action uses up a turn, so that after one the
+    episode is truncated before that. `reset(options={"cards": ["5", "7"]})` sets the cards.
 
     Attributes:
         cards: ranks in the order shown.
@@ -150,7 +153,7 @@ class PointsGame(TextActionEnv):
             return (10.0 if not self.unused() and evaluate_formula(entries) == self.goal else -1.0), True
         illegal = action in NUMBERS and int(action) not in self.unused()
         self.formula.append(drawing.BLANK if illegal else action)
-        return (-1.0 if illegal or self.turns >= self.max_turns else 0.0), False
+        return (-1.0 if illegal or len(self.formula) > self.max_entries else 0.0), False
 
     def _picture(self) -> NDArray[np.uint8]:
         return drawing.points(self.cards, self.formula, *self.layout)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import io
-import math
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def trajectory_features(with_images: bool = True) -> datasets.Features:
 
 
 FEATURES = trajectory_features()
+LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +188,8 @@ def _check_messages(messages: Any, num_images: int, *, row: int, column: str) ->
         if isinstance(content, str):
             plain_user |= message["role"] == "user"
             continue
+        if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+            fail("a message's content is neither a string nor a list of parts like {'type': 'text', 'text': ...}.")
         for part in content:
             kind = part.get("type")
             if kind == "image":
@@ -237,6 +240,10 @@ class _PngCache:
         key = None
         if isinstance(image, PIL.Image.Image):
             pil = image
+            try:
+                pil.load()  # an image that was opened from a file is read only now
+            except Exception as error:
+                fail(f"the image does not decode ({type(error).__name__}: {error}); restore it or drop the episode.")
             if pil.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
                 fail(f"PNG cannot hold mode {pil.mode!r} losslessly; convert the image to 'RGB'.")
             raw: Any = pil.tobytes() if pil.mode in ("L", "RGB", "RGBA") else None
@@ -292,10 +299,22 @@ def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _Png
             row=first_row + last,
             column="terminated",
         )
+    if not isinstance(episode.seed, Integral) or not -(2**63) <= episode.seed < 2**63:
+        raise TrajectoryError(
+            f"expected an int64 (-1 where there is none), got {episode.seed!r}.", row=first_row, column="seed"
+        )
     for k, turn in enumerate(episode.turns):
         row = first_row + k
-        if not math.isfinite(turn.reward):
-            raise TrajectoryError(f"the reward is {turn.reward}; it must be finite.", row=row, column="reward")
+        if not isinstance(turn.reward, Real):
+            raise TrajectoryError(
+                f"the reward is a {type(turn.reward).__name__}; it must be a number (of a tensor: `.item()`).",
+                row=row,
+                column="reward",
+            )
+        if not abs(turn.reward) <= LARGEST_REWARD:
+            raise TrajectoryError(
+                f"the reward is {turn.reward}; it must be finite, in float32 too.", row=row, column="reward"
+            )
 
         def messages(value, images, column, row=row):
             _check_messages(value, len(images), row=row, column=column)
@@ -330,8 +349,8 @@ def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _Png
             "behavior_logprobs": None
             if turn.behavior_logprobs is None
             else [float(logprob) for logprob in turn.behavior_logprobs],
-            "env_id": episode.env_id,
-            "seed": int(episode.seed),
+            "env_id": _encodable(episode.env_id, row=row, column="env_id"),
+            "seed": episode.seed,
         }
         if with_images:
             encoded["images"] = [png(image, row=row, column="images") for image in images]
@@ -436,7 +455,7 @@ def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> It
 
     rows: list[dict[str, Any]] = []
     i = -1
-    for i, row in enumerate(ds):
+    for i, row in enumerate(ds.with_format(None)):
         if rows and row["episode_id"] != rows[-1]["episode_id"]:
             yield finish(rows, i - 1)
             rows = []

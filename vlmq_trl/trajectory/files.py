@@ -20,19 +20,28 @@ from .validation import TrajectoryError, validate_trajectories
 
 def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_format: str = "arrow") -> None:
     """Write a dataset to the folder `path`: "arrow" (`save_to_disk`, memory-mapped when loaded) or "parquet" (smaller,
-    and what the Hub streams).
+    and what the Hub streams). A dataset of the same format that is there already is replaced.
 
     Raises:
         ValueError: an unknown format.
+        FileExistsError: the folder holds a dataset in other files, which `load_trajectories` would read as well.
     """
-    if file_format == "arrow":
-        ds.save_to_disk(str(path))
-    elif file_format == "parquet":
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        ds.to_parquet(str(folder / "train-00000-of-00001.parquet"), batch_size=500)
-    else:
+    if file_format not in ("arrow", "parquet"):
         raise ValueError(f"file_format must be 'arrow' or 'parquet', got {file_format!r}.")
+    folder = Path(path)
+    own = folder / "train-00000-of-00001.parquet"
+    others = [folder / "state.json", *folder.glob("**/*.parquet")]
+    ours = folder / "state.json" if file_format == "arrow" else own
+    foreign = [file.name for file in others if file.exists() and file != ours]
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds another dataset ({foreign[0]}); save to a new folder, or remove that dataset first."
+        )
+    if file_format == "arrow":
+        ds.save_to_disk(str(folder))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        ds.to_parquet(str(own), batch_size=500)
 
 
 def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
@@ -97,7 +106,7 @@ def filter_top_returns(ds: datasets.Dataset, fraction: float, seed: int = 0) -> 
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
-    index = validate_trajectories(ds, decode_images="none", require_final_observation=False)
+    index = validate_trajectories(ds, check_images="none", require_final_observation=False)
     keep = math.ceil(fraction * len(index) - 1e-9)
     tie = np.random.default_rng(seed).permutation(len(index))
     best = np.lexsort((tie, -index.returns))[:keep]
