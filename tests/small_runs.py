@@ -58,8 +58,8 @@ class TextNumberLine(gymnasium.ObservationWrapper):
 
 
 @functools.cache
-def text_number_line(episodes: int = 12, seed: int = 0) -> datasets.Dataset:
-    """Random play of `TextNumberLine`; the response is the action."""
-    policy = DemonstratorPolicy(make_demonstrator(NUMBER_LINE, "random"), PlainFormat())
-    played = play_episodes(TextNumberLine, policy, episodes=episodes, seed=seed, agent_format=PlainFormat())
+def text_number_line(episodes: int = 12, seed: int = 0, agent_format: AgentFormat | None = None) -> datasets.Dataset:
+    """Random play of `TextNumberLine`; by default the response is the action."""
+    policy = DemonstratorPolicy(make_demonstrator(NUMBER_LINE, "random"), agent_format or PlainFormat())
+    played = play_episodes(TextNumberLine, policy, episodes=episodes, seed=seed, agent_format=policy.agent_format)
     return dataset_from_episodes(played, with_images=False)

@@ -37,6 +37,11 @@ BROKEN_CONFIGS = [
     ({"critic_coef": 0}, "`filter='binary'` would filter by noise"),
     ({"critic_coef": 0, "filter": "exp"}, "Set `filter='none'` for plain SFT"),
     ({"critic_learning_rate": 0.0}, "`critic_learning_rate=0.0`: it must be positive"),
+    ({"critic_learning_rate": "1e-3"}, "`critic_learning_rate='1e-3'`: it must be a finite number"),
+    ({"critic_warmup_steps": True}, "`critic_warmup_steps=True`: it must be an integer"),
+    ({"gamma": True}, "`gamma=True`: it must be a finite number"),
+    ({"completion_only_loss": False}, "only the agent's own tokens are learned"),
+    ({"train_sampling_strategy": "group_by_length"}, "whole segments of an episode are drawn at random"),
     ({"value_expectile": 0.0}, "`value_expectile=0.0`: it must lie strictly between 0 and 1"),
     ({"value_expectile": 1.0}, "`value_expectile=1.0`: it must lie strictly between 0 and 1"),
     ({"conservative_coef": -0.1}, "`conservative_coef=-0.1`: it must not be negative"),
@@ -163,6 +168,7 @@ BROKEN_TRAINERS = {
         ValueError,
         "`metric_for_best_model='success_rate'` needs an `eval_env`",
     ),
+    "a format's name": (lambda: {"init": {"agent_format": "json"}}, TypeError, "make_format..json"),
     "unknown environment": (
         lambda: {"init": {"eval_env": "vlmq_trl/NumberLines-v0"}},
         gymnasium.error.NameNotFound,
@@ -200,6 +206,14 @@ BROKEN_TRAINERS = {
         },
         ValueError,
         "use LoRA or another adapter",
+    ),
+    "an adapter that acts on a part of the tokens": (
+        lambda: {
+            "name": "llama",
+            "init": {"peft_config": LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3, 4])},
+        },
+        ValueError,
+        "use LoRA without it",
     ),
     "an adapter on the head": (
         lambda: {"name": "llama", "init": {"peft_config": LoraConfig(target_modules=["lm_head"])}},

@@ -131,9 +131,9 @@ def test_moving_the_moments_leaves_the_values(critic_type, moments):
     critic = make(critic_type)
     before = outputs(critic)
     for mean, std in moments:
-        critic.set_moments(torch.tensor(mean), torch.tensor(mean**2 + std**2))
+        critic.set_moments(torch.tensor(mean), torch.tensor(std**2))
         assert_close(critic.target_mean, torch.tensor(mean))
-        assert_close(critic.target_std, torch.tensor(std), rtol=2e-3, atol=0)  # mean² loses digits
+        assert_close(critic.target_std, torch.tensor(std))
         assert_close(outputs(critic), before, atol=1e-5 * float(before.abs().max()), rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_the_heads_own_outputs_do_move(critic_type, hidden_size):
     # Mean 0 -> 3, std 1 -> 2: an output x stood for x, and (x - 3) / 2 stands for it now.
     critic = make(critic_type, critic_hidden_size=hidden_size)
     before = outputs(critic)
-    critic.set_moments(torch.tensor(3.0), torch.tensor(13.0))
+    critic.set_moments(torch.tensor(3.0), torch.tensor(4.0))
     assert critic.target_std == 2
     now = (outputs(critic) - 3) / 2
     assert_close(now, (before - 3) / 2)
@@ -153,7 +153,7 @@ def test_the_heads_own_outputs_do_move(critic_type, hidden_size):
 def test_constant_targets_keep_a_positive_deviation():
     critic = make()
     before = outputs(critic)
-    critic.set_moments(torch.tensor(2.0), torch.tensor(4.0))
+    critic.set_moments(torch.tensor(2.0), torch.tensor(0.0))
     assert critic.target_std.item() == pytest.approx(Critic.MIN_STD)
     after = outputs(critic)
     assert torch.isfinite(after).all()
@@ -162,23 +162,23 @@ def test_constant_targets_keep_a_positive_deviation():
 
 def test_update_of_moments_by_hand():
     critic = make()
-    assert (critic.target_mean, critic.target_second_moment) == (0, 1)
+    assert (critic.target_mean, critic.target_variance) == (0, 1)
     before = outputs(critic)
-    # Targets 1, 2, 3, rate 0.5: mean 0 + 0.5 * (6 / 3 - 0) = 1; second moment 1 + 0.5 * (14 / 3 - 1) = 17 / 6;
+    # Targets 1, 2, 3, mean 0, rate 0.5: mean 0 + 0.5 * (6 / 3 - 0) = 1; second moment 1 + 0.5 * (14 / 3 - 1) = 17 / 6;
     # variance 17 / 6 - 1 = 11 / 6.
     critic.update_moments(torch.tensor(6.0), torch.tensor(14.0), torch.tensor(3.0), rate=0.5)
     assert critic.target_mean.item() == pytest.approx(1)
-    assert critic.target_second_moment.item() == pytest.approx(17 / 6)
+    assert critic.target_variance.item() == pytest.approx(11 / 6)
     assert critic.target_std.item() == pytest.approx((11 / 6) ** 0.5)
     assert_close(outputs(critic), before, atol=1e-5, rtol=1e-5)
-    # Rate 1 takes the batch's own moments.
-    critic.update_moments(torch.tensor(8.0), torch.tensor(40.0), torch.tensor(2.0), rate=1.0)
+    # Rate 1 takes the batch's own moments: targets 2, 6 are 1, 5 above the mean.
+    critic.update_moments(torch.tensor(6.0), torch.tensor(26.0), torch.tensor(2.0), rate=1.0)
     assert critic.target_mean.item() == pytest.approx(4) and critic.target_std.item() == pytest.approx(2)
 
 
 def test_an_empty_batch_moves_nothing():
     critic = make()
-    critic.set_moments(torch.tensor(2.0), torch.tensor(5.0))
+    critic.set_moments(torch.tensor(2.0), torch.tensor(1.0))
     before = {k: v.clone() for k, v in critic.state_dict().items()}
     zero = torch.tensor(0.0)
     critic.update_moments(zero, zero, zero, rate=0.5)
@@ -191,8 +191,36 @@ def test_initial_moments_leave_the_heads():
     critic.initialize_moments(-1.5, 2.0)
     assert critic.target_mean == -1.5 and critic.target_std == 2
     assert all(torch.equal(before[k], v) for k, v in critic.named_parameters())
-    critic.initialize_moments(0.0, 0.0)
-    assert critic.target_std.item() == pytest.approx(Critic.MIN_STD)
+    for mean, std, floor in ((0.0, 0.0, 1.0), (-3.0, 0.0, 3.0), (5.0, 1e-8, 5.0), (1e4, 0.5, 0.5), (1e-7, 2e-6, 2e-6)):
+        critic.initialize_moments(mean, std)
+        assert critic.min_std.item() == pytest.approx(Critic.MIN_STD * floor)
+        assert critic.target_std.item() == pytest.approx(max(std, Critic.MIN_STD * floor))
+
+
+@given(offset=st.sampled_from([0.0, 1e3, -1e5]), scale=st.sampled_from([1e-5, 1.0, 1e4]), seed=st.integers(0, 99))
+def test_moments_do_not_depend_on_the_rewards_offset_or_scale(offset, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(20, 8, generator=generator)
+    plain, other = make(), make()
+    plain.initialize_moments(0.0, 1.0)
+    other.initialize_moments(offset * scale, scale)
+    for row in rows:
+        for critic, targets in ((plain, row), (other, (row.double() + offset) * scale)):
+            delta = (targets - critic.target_mean).float()
+            critic.update_moments(delta.sum(), delta.square().sum(), torch.tensor(8.0), rate=0.1)
+    assert_close(other.target_std / scale, plain.target_std, rtol=2e-2 if offset else 1e-5, atol=0)
+    assert_close(other.target_mean / scale - offset, plain.target_mean, atol=2e-2 if offset else 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("critic_type", ["scalar", "vocab"])
+def test_a_critic_stays_float32(critic_type):
+    critic = make(critic_type)
+    before = {k: v.clone() for k, v in critic.state_dict().items()}
+    around = torch.nn.ModuleList([critic, torch.nn.Linear(2, 2)]).to(torch.bfloat16).half()
+    assert around[1].weight.dtype == torch.float16
+    for k, v in critic.state_dict().items():
+        assert v.dtype == torch.float32 and torch.equal(v, before[k])
+    assert next(critic.to("meta").parameters()).device.type == "meta"
 
 
 # ---- target copy ----
@@ -250,8 +278,8 @@ def test_the_target_receives_no_gradient(critic_type):
 
 def test_what_is_saved():
     names = set(make().state_dict())
-    assert {"target_mean", "target_second_moment", "online.q.weight", "target.v.hidden.bias"} <= names
-    assert len(names) == 2 + 2 * 8
+    assert {"target_mean", "target_variance", "min_std", "online.q.weight", "target.v.hidden.bias"} <= names
+    assert len(names) == 3 + 2 * 8
 
 
 # ---- configuration ----

@@ -285,7 +285,7 @@ def test_chunk_sizes_do_not_matter(name, config, monkeypatch):
             "expected",
             lambda self, f, probabilities: (tiles.append(probabilities.shape[0]), expected(self, f, probabilities))[1],
         )
-    vocab = wrapped.critic.config.vocab_size
+    vocab = wrapped.get_output_embeddings().weight.shape[0]
     for chunk, elements in ((7, 3 * vocab), (vocab - 1, 1), (vocab + 1, 5 * vocab + 1)):
         wrapped.vocab_chunk_size = chunk
         monkeypatch.setattr(modeling, "MAX_TILE_ELEMENTS", elements)
@@ -323,7 +323,7 @@ class LargestRows(TorchDispatchMode):
 @CRITICS
 def test_no_tensor_of_all_tokens_and_the_vocabulary(config, monkeypatch):
     wrapped, batch, _ = build("llama", config)
-    vocab = wrapped.critic.config.vocab_size
+    vocab = wrapped.get_output_embeddings().weight.shape[0]
     wrapped.vocab_chunk_size = 64
     monkeypatch.setattr(modeling, "MAX_TILE_ELEMENTS", 2 * vocab)
     with LargestRows(wrapped, vocab) as seen:
@@ -597,6 +597,21 @@ def test_a_fresh_critic_on_a_stock_model(tmp_path):
     assert fresh.critic.config.vocab_size == fresh.config.vocab_size
 
 
+def test_the_mode_is_the_models(tmp_path):
+    """A model opens in evaluation mode, inside and out."""
+    build("llama", SCALAR)[0].save_pretrained(tmp_path)
+    assert not any(module.training for module in ValueHeadModel.from_pretrained(tmp_path).modules())
+
+
+def test_a_scalar_critic_does_not_mind_another_vocabulary(tmp_path):
+    wrapped, *_ = build("llama", SCALAR)
+    wrapped.pretrained_model.resize_token_embeddings(wrapped.config.vocab_size + 7)
+    wrapped.save_pretrained(tmp_path)
+    again = ValueHeadModel.from_pretrained(tmp_path)
+    for key, value in wrapped.critic.state_dict().items():
+        assert torch.equal(again.critic.state_dict()[key], value)
+
+
 @pytest.fixture
 def saved(tmp_path):
     wrapped, *_ = build("llama", SCALAR)
@@ -652,9 +667,12 @@ def test_damaged_critic_weights(saved):
     ("changes", "message"),
     [
         ({"hidden_size": 64}, "made for hidden_size=64, but LlamaForCausalLM has 160: it belongs to another model"),
-        ({"vocab_size": 99}, "made for vocab_size=99, but LlamaForCausalLM has .*: it belongs to another model"),
+        (
+            {"critic_type": "vocab", "vocab_size": 99},
+            "made for vocab_size=99, but LlamaForCausalLM has .*: it belongs to another model",
+        ),
         ({"num_critics": 3}, "(?s)does not fit its own critic_config.json.*size mismatch"),
-        ({"critic_type": "vocab"}, "(?s)does not fit its own critic_config.json.*Missing key"),
+        ({"critic_type": "vocab"}, "does not fit: .saved, wanted. are .'vocab_size'"),
         ({"critic_type": "token"}, "`critic_type` is 'token'"),
         ({"dropout": 0.1}, "critic_config.json of .* is not a critic's configuration.*dropout"),
         ({"num_critics": "two"}, "critic_config.json of .* is not a critic's configuration"),

@@ -172,7 +172,7 @@ def test_moments_follow_the_targets(tmp_path, monkeypatch):
     assert len(returns) == 2
     critic, seen = trainer.model.critic, torch.cat(returns)
     torch.testing.assert_close(critic.target_mean, seen.mean())
-    torch.testing.assert_close(critic.target_second_moment, seen.square().mean())
+    torch.testing.assert_close(critic.target_variance, seen.var(correction=0))
 
 
 def test_fresh_critic_starts_at_the_data_s_returns(tmp_path):
@@ -339,6 +339,32 @@ def test_an_evaluation_does_not_take_the_training_logs(tmp_path):
     assert len(played) == 2 and "nll" not in played[0] and "value_q50" not in played[0]
 
 
+def test_callbacks_hear_of_an_evaluation_once(tmp_path):
+    """With all metrics, so that early stopping counts evaluations, of dataset and environment together."""
+    heard = []
+
+    class Listen(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            heard.append(metrics)
+
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        init={"eval_env": NUMBER_LINE, "eval_dataset": number_line(), "callbacks": [Listen()]},
+    )
+    trainer.train()
+    assert len(heard) == 2
+    assert all({"eval_loss", "eval_success_rate"} <= set(metrics) for metrics in heard)
+
+
+def test_evaluation_in_half_precision(tmp_path):
+    trainer = make_trainer(tmp_path, bf16_full_eval=True, init={"eval_dataset": number_line()})
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert trainer.model.dtype == torch.bfloat16
+
+
 # ---- checkpoints ----
 
 
@@ -441,6 +467,71 @@ def test_value_head_model_keeps_its_critic(tmp_path):
     )
     same_critic(trainer.model, wrapped)
     assert trainer.model.critic.target_mean == 3.0
+
+
+def test_value_head_model_with_another_critic_than_the_arguments(tmp_path):
+    model, processor = tiny_models.build("llama")
+    with pytest.raises(ValueError, match="The model holds a critic with critic_type='scalar'"):
+        VLMQTrainer(
+            AutoModelForImageTextToTextWithValueHead(model),
+            config(tmp_path, critic_type="vocab"),
+            text_number_line(),
+            processing_class=processor,
+        )
+
+
+# ---- optimisers that the user brings ----
+
+
+def test_a_users_optimizer_learns_the_critic_too(tmp_path):
+    """One that was made of the model's weights gets the heads, at `critic_learning_rate`."""
+    model, processor = tiny_models.build("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = VLMQTrainer(
+        model,
+        config(tmp_path, max_steps=2, critic_learning_rate=0.02),
+        text_number_line(),
+        processing_class=processor,
+        optimizers=(optimizer, None),
+    )
+    before = weights_of(trainer)
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-3, 0.02]
+    assert all(not torch.equal(v, before[k]) for k, v in weights_of(trainer).items() if "critic.online" in k)
+
+
+def test_a_users_optimizer_and_scheduler(tmp_path):
+    model, processor = tiny_models.build("llama")
+
+    def trainer(model, parameters):
+        optimizer = torch.optim.SGD(parameters, lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        args = config(tmp_path, max_steps=2)
+        return VLMQTrainer(
+            model, args, text_number_line(), processing_class=processor, optimizers=(optimizer, scheduler)
+        )
+
+    with pytest.raises(ValueError, match="The optimiser lacks the critic's heads, and its scheduler"):
+        trainer(model, model.parameters())
+    wrapped = AutoModelForImageTextToTextWithValueHead(model)
+    learns = trainer(wrapped, wrapped.parameters())
+    assert learns.model.critic is wrapped.critic
+    before = weights_of(learns)
+    learns.train()
+    assert all(not torch.equal(v, before[k]) for k, v in weights_of(learns).items() if "critic.online" in k)
+
+
+def test_an_optimizer_class(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=1,
+        critic_learning_rate=0.5,
+        init={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.25, "momentum": 0.5})},
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.25, 0.5}
 
 
 # ---- a model as a policy ----

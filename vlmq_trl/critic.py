@@ -140,13 +140,15 @@ class Critic(nn.Module):
     Attributes:
         online: heads that are trained.
         target: their Polyak-averaged copy; never receives gradients.
-        target_mean, target_second_moment: running moments of the token returns, in reward units.
+        target_mean, target_variance: running moments of the token returns, in reward units.
+        min_std: floor of their standard deviation, in reward units.
     """
 
-    MIN_STD = 1e-4
+    MIN_STD = 1e-4  # the floor, as a share of the deviation (or the mean) that the returns began with
 
     target_mean: Tensor
-    target_second_moment: Tensor
+    target_variance: Tensor
+    min_std: Tensor
 
     def __init__(self, config: CriticConfig):
         super().__init__()
@@ -158,19 +160,29 @@ class Critic(nn.Module):
         self.online = ScalarHeads(config) if config.critic_type == "scalar" else VocabHeads(config)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.register_buffer("target_mean", torch.zeros(()))
-        self.register_buffer("target_second_moment", torch.ones(()))
+        self.register_buffer("target_variance", torch.ones(()))
+        self.register_buffer("min_std", torch.tensor(self.MIN_STD))
+
+    def _apply(self, fn, recurse=True):
+        """Moves to devices, but stays float32 where the model around it is cast."""
+
+        def keep(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(keep, recurse)
 
     @property
     def target_std(self) -> Tensor:
-        """Scalar standard deviation of the targets, at least `MIN_STD`."""
-        return (self.target_second_moment - self.target_mean.square()).clamp(min=self.MIN_STD**2).sqrt()
+        """Scalar standard deviation of the targets, at least `min_std`."""
+        return self.target_variance.sqrt().maximum(self.min_std)
 
     @torch.no_grad()
-    def set_moments(self, mean: Tensor, second_moment: Tensor) -> None:
+    def set_moments(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the running moments and rescales the last layers, so that denormalised values do not change."""
         old_mean, old_std = self.target_mean.clone(), self.target_std
         self.target_mean.copy_(mean)
-        self.target_second_moment.copy_(second_moment)
+        self.target_variance.copy_(variance)
         scale = old_std / self.target_std
         shift = (old_mean - self.target_mean) / self.target_std
         for heads in (self.online, self.target):
@@ -178,23 +190,28 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def initialize_moments(self, mean: float, std: float) -> None:
-        """Sets the moments from known returns before training: the fresh heads' small outputs then mean `mean`."""
+        """Sets the moments from known returns before training: the fresh heads' small outputs then mean `mean`.
+
+        Returns that are all equal have no scale but their own size; a critic of zeros only takes 1.
+        """
+        scale = std if std > 1e-6 * abs(mean) else abs(mean) or 1.0
         self.target_mean.fill_(mean)
-        self.target_second_moment.fill_(mean**2 + max(std, self.MIN_STD) ** 2)
+        self.target_variance.fill_(std**2)
+        self.min_std.fill_(self.MIN_STD * scale)
 
     @torch.no_grad()
-    def update_moments(self, batch_sum: Tensor, batch_square_sum: Tensor, batch_count: Tensor, rate: float) -> None:
+    def update_moments(self, delta_sum: Tensor, delta_square_sum: Tensor, count: Tensor, rate: float) -> None:
         """Moves the running moments by `rate` in (0, 1] towards those of a batch of targets, if it has any.
 
         Args:
-            batch_sum, batch_square_sum, batch_count: scalars over the batch's targets, in reward units.
+            delta_sum, delta_square_sum, count: scalars over the batch's targets, in reward units, each target less
+                `target_mean`: sums of the targets themselves would drown a deviation that is small beside the mean.
         """
-        count = batch_count.clamp(min=1)
-        rate_t = torch.where(batch_count > 0, rate, 0.0)
-        self.set_moments(
-            self.target_mean + rate_t * (batch_sum / count - self.target_mean),
-            self.target_second_moment + rate_t * (batch_square_sum / count - self.target_second_moment),
-        )
+        rate_t = torch.where(count > 0, rate, 0.0)
+        step = rate_t * delta_sum / count.clamp(min=1)
+        spread = delta_square_sum / count.clamp(min=1)  # around the old mean
+        variance = self.target_variance + rate_t * (spread - self.target_variance) - step.square()
+        self.set_moments(self.target_mean + step, variance.clamp(min=0))
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:

@@ -10,13 +10,14 @@ Axes: B rows, T tokens, D hidden size, A action tokens of the batch (row by row,
 
 import json
 import os
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, CommitInfo, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from .critic import Critic, CriticConfig
 CRITIC_WEIGHTS_NAME = "critic.safetensors"
 CRITIC_CONFIG_NAME = "critic_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+UPLOAD_ARGUMENTS = ("repo_id", "token", "private", "revision", "commit_message", "commit_description", "create_pr")
 
 # Largest [rows, vocabulary] tile, in elements, that the vocabulary-wide critic makes: 32 MB of float32.
 MAX_TILE_ELEMENTS = 2**23
@@ -124,19 +127,26 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
                 "Prompt-learning PEFT methods shift the token positions that the critic reads; use LoRA or another "
                 "adapter that changes weights only."
             )
+        if isinstance(peft_config, dict) and any(
+            getattr(c, "alora_invocation_tokens", None) for c in peft_config.values()
+        ):
+            raise ValueError(
+                "An activated LoRA (`alora_invocation_tokens`) acts on a part of the tokens, which only the whole "
+                "model's forward knows; use LoRA without it."
+            )
         if isinstance(head, BaseTunerLayer):
             raise ValueError(
                 "There is an adapter on the language-model head, whose weight is read directly: the adapter would be "
                 "left out of the policy. Remove the head from `target_modules`."
             )
         text_config = base.config.get_text_config()
-        expected = {"hidden_size": text_config.hidden_size, "vocab_size": head.weight.shape[0]}
-        # Under ZeRO-3 a partitioned weight reports an empty shape.
-        if hasattr(head.weight, "ds_shape"):
-            expected["vocab_size"] = head.weight.ds_shape[0]
         config = critic_config or CriticConfig()
+        expected = {"hidden_size": text_config.hidden_size, "vocab_size": None}
+        if config.critic_type == "vocab":
+            # Under ZeRO-3 a partitioned weight reports an empty shape.
+            expected["vocab_size"] = getattr(head.weight, "ds_shape", head.weight.shape)[0]
         for name, value in expected.items():
-            if getattr(config, name) not in (None, value):
+            if value is not None and getattr(config, name) not in (None, value):
                 raise ValueError(
                     f"The critic was made for {name}={getattr(config, name)}, but {type(base).__name__} has {value}: "
                     "it belongs to another model."
@@ -269,8 +279,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
 
         Args:
             state_dict: this module's whole state dict, where the weights are sharded and were gathered before.
-            **kwargs: passed to the pretrained model's `save_pretrained`.
+            **kwargs: passed to the pretrained model's `save_pretrained`; with `push_to_hub=True` all of it is
+                uploaded then, and `repo_id` and the other arguments of `push_to_hub` count.
         """
+        push = kwargs.pop("push_to_hub", False)
+        hub_kwargs = {k: kwargs.pop(k) for k in UPLOAD_ARGUMENTS if k in kwargs} if push else {}
         own, critic_state = None, self.critic.state_dict()
         if state_dict is not None:
             prefix = "pretrained_model."
@@ -279,6 +292,21 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         self.pretrained_model.save_pretrained(save_directory, state_dict=own, **kwargs)
         if kwargs.get("is_main_process", True):
             self.save_critic(save_directory, critic_state)
+            if push:
+                _upload(save_directory, **{"repo_id": Path(save_directory).name, **hub_kwargs})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Uploads what `save_pretrained` writes: a stock model (or PEFT adapter), and its critic.
+
+        Args:
+            repo_id: made if it does not exist.
+            **kwargs: `private`, `revision` (a branch, made if need be), `commit_message`, `commit_description`,
+                `create_pr`, `token`; others go to `save_pretrained`.
+        """
+        hub_kwargs = {k: kwargs.pop(k) for k in UPLOAD_ARGUMENTS if k in kwargs}
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, **kwargs)
+            return _upload(directory, **{**hub_kwargs, "repo_id": repo_id})
 
     def save_critic(self, save_directory: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes `critic.safetensors` and `critic_config.json` only."""
@@ -335,7 +363,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             ValueError: if the critic does not fit the model.
         """
         name = str(pretrained_model_name_or_path)
-        hub_kwargs = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        hub_kwargs = hub_arguments(kwargs)
         saved = has_critic(name, **hub_kwargs)
         if not saved and critic_config is None:
             raise OSError(
@@ -348,18 +376,31 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         wrapped = cls(model, load_critic_config(name, **hub_kwargs) if saved else critic_config)
         if saved:
             wrapped.load_critic(name, **hub_kwargs)
-        return wrapped
+        return wrapped.train(model.training)
 
 
 def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
-    """A whole model, or a PEFT adapter on its base model, by what `name` holds. Weights are safetensors only."""
-    hub_kwargs = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+    """A whole model, or a PEFT adapter on its base model, by what `name` holds. Weights are safetensors only.
+
+    Raises:
+        OSError: there are no such files; a pickle (`.bin`) does not count.
+        ValueError: the adapter does not name its base model.
+    """
+    hub_kwargs = hub_arguments(kwargs)
     kwargs["use_safetensors"] = True
     if has_adapter(name, **hub_kwargs):
         from peft import PeftConfig, PeftModel
 
         peft_config = PeftConfig.from_pretrained(name, **hub_kwargs)
+        if not peft_config.base_model_name_or_path:
+            raise ValueError(
+                f"{ADAPTER_CONFIG_NAME} of {name} does not say which model the adapter belongs to: set its "
+                "`base_model_name_or_path`."
+            )
+        require_adapter_weights(name, **hub_kwargs)
         base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
+        if peft_config.revision:
+            base_kwargs["revision"] = peft_config.revision
         base = load_pretrained(peft_config.base_model_name_or_path, **base_kwargs)
         return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
     trust = kwargs.get("trust_remote_code", False)
@@ -373,12 +414,26 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
 
 def has_critic(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
     """Whether a directory or Hub repository holds a critic beside its model."""
-    return _find(name, CRITIC_CONFIG_NAME, **hub_kwargs) is not None
+    return find_file(name, CRITIC_CONFIG_NAME, **hub_kwargs) is not None
 
 
 def has_adapter(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
     """Whether a directory or Hub repository holds a PEFT adapter."""
-    return _find(name, ADAPTER_CONFIG_NAME, **hub_kwargs) is not None
+    return find_file(name, ADAPTER_CONFIG_NAME, **hub_kwargs) is not None
+
+
+def require_adapter_weights(name: str | os.PathLike, **hub_kwargs: Any) -> None:
+    """Raises OSError unless the adapter's weights are safetensors; PEFT would open a pickle, which may run code."""
+    if find_file(name, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs) is None:
+        raise OSError(
+            f"{name} has no {SAFETENSORS_WEIGHTS_NAME}. An adapter in a pickle is not opened: if you trust it, load "
+            "it with PEFT and save it again."
+        )
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained`, those that say where files come from."""
+    return {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
 
 
 def load_critic_config(name: str | os.PathLike, **hub_kwargs: Any) -> CriticConfig:
@@ -390,7 +445,7 @@ def load_critic_config(name: str | os.PathLike, **hub_kwargs: Any) -> CriticConf
         raise ValueError(f"{CRITIC_CONFIG_NAME} of {name} is not a critic's configuration: {error}") from None
 
 
-def _find(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str | None:
+def find_file(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str | None:
     """The file's local path; None if there is none, or, with a warning, if neither cache nor Hub could tell."""
     if Path(name).is_dir():
         return str(Path(name) / filename) if (Path(name) / filename).is_file() else None
@@ -408,6 +463,30 @@ def _find(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str | No
                 stacklevel=2,
             )
         return None
+
+
+def _upload(
+    directory: str | os.PathLike,
+    repo_id: str,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model and critic",
+    commit_description: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        revision=revision,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        create_pr=create_pr,
+    )
 
 
 def _base_model(model: nn.Module) -> Any:

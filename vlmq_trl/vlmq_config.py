@@ -145,9 +145,11 @@ class VLMQConfig(SFTConfig):
         for name, kind in VLMQConfig.__annotations__.items():
             value = getattr(self, name)
             if kind is int:
-                self._require(isinstance(value, Integral), name, "must be an integer")
-            elif kind is float:
-                self._require(isinstance(value, Real) and math.isfinite(value), name, "must be a finite number")
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                self._require(whole, name, "must be an integer")
+            elif kind is float or (kind == float | None and value is not None):
+                number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+                self._require(number, name, "must be a finite number")
         for name in ("gamma", "token_gamma", "turn_lambda", "token_lambda"):
             self._require(0 <= getattr(self, name) <= 1, name, "must lie in [0, 1]")
         for name in ("segment_length", "eval_episodes", "eval_num_envs", "max_completion_length"):
@@ -176,6 +178,13 @@ class VLMQConfig(SFTConfig):
         for name, value in (("packing", False), ("padding_free", False), ("assistant_only_loss", False)):
             if getattr(self, name) != value:
                 raise ValueError(f"`{name}=True` is not supported: each row is one turn, whose completion is learned.")
+        if self.completion_only_loss is False:
+            raise ValueError("`completion_only_loss=False` is not supported: only the agent's own tokens are learned.")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` is not supported: whole segments of an "
+                "episode are drawn at random."
+            )
         if self.loss_type != "nll":
             raise ValueError(f"`loss_type={self.loss_type!r}` is not supported; VLMQ filters the 'nll' loss.")
         if self.label_smoothing_factor:

@@ -6,34 +6,54 @@ Reads top to bottom: construction, data, the loss, what happens after each updat
 Axes: R turns of a batch, S segments, L tokens of a segment, A action tokens (row by row, in order), N critics.
 """
 
+import functools
+import shutil
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerControl
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+)
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import losses
 from .agent_format import AgentFormat, check_format
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
+from .critic import CriticConfig
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
     ValueHeadOutput,
+    find_file,
     has_adapter,
     has_critic,
+    hub_arguments,
     load_critic_config,
     load_pretrained,
+    require_adapter_weights,
 )
 from .policy import evaluate_model
 from .rollout import EnvSpec, make_env
@@ -41,6 +61,8 @@ from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
+# What a checkpoint holds besides a model; it stays out of the Hub's main folder.
+TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "global_step*")
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -72,7 +94,8 @@ class VLMQTrainer(SFTTrainer):
         eval_dataset: a trajectory dataset whose loss `evaluate` reports.
         eval_env: a Gymnasium id or a factory, played by `evaluate`.
         agent_format: how observations become messages and responses actions in `eval_env`; default the environment's.
-        processing_class, callbacks, optimizers, quantization_config, peft_config: as in `SFTTrainer`.
+        optimizers: as in `SFTTrainer`; an optimiser that was made before there was a critic gets its heads added.
+        processing_class, callbacks, optimizer_cls_and_kwargs, quantization_config, peft_config: as in `SFTTrainer`.
 
     Raises:
         TrajectoryError: the data does not follow the contract (names the row and the column).
@@ -89,6 +112,7 @@ class VLMQTrainer(SFTTrainer):
     model: AutoModelForImageTextToTextWithValueHead
     args: VLMQConfig
     control: TrainerControl
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -101,6 +125,7 @@ class VLMQTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
@@ -135,10 +160,23 @@ class VLMQTrainer(SFTTrainer):
                 )
             args.metric_for_best_model = None
 
-        model, restore_critic = self._open(model, args)
-        # `Trainer` wants an `eval_dataset` wherever there is an evaluation; an environment will do here.
-        eval_strategy, args.eval_strategy = args.eval_strategy, "no"
-        dataset_kwargs, args.dataset_kwargs = args.dataset_kwargs, {"skip_prepare_dataset": True}
+        init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}
+        init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        hub_kwargs = hub_arguments(init_kwargs)
+        source, critic_config = model, self._known_critic(model, args, hub_kwargs)
+        if isinstance(model, AutoModelForImageTextToTextWithValueHead):
+            model = model.pretrained_model
+        elif isinstance(model, str) and has_adapter(model, **hub_kwargs):
+            if quantization_config is not None:
+                init_kwargs["quantization_config"], quantization_config = quantization_config, None
+            opened = load_pretrained(model, is_trainable=True, **{"dtype": "float32", **init_kwargs})
+            processing_class = processing_class or _own_processor(model, opened.config, init_kwargs)
+            model = opened
+        # For the time of the call: `Trainer` wants an `eval_dataset` wherever there is an evaluation, where an
+        # environment will do; and `model_init_kwargs` are for a name that is still to be opened.
+        own = {name: getattr(args, name) for name in ("eval_strategy", "dataset_kwargs", "model_init_kwargs")}
+        args.eval_strategy, args.dataset_kwargs = "no", {"skip_prepare_dataset": True}
+        args.model_init_kwargs = init_kwargs if isinstance(model, str) else None
         try:
             super().__init__(
                 model=model,
@@ -148,48 +186,75 @@ class VLMQTrainer(SFTTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
         finally:
-            args.eval_strategy, args.dataset_kwargs = eval_strategy, dataset_kwargs
+            for name, value in own.items():
+                setattr(args, name, value)
         self.data_collator = VLMQDataCollator(self.processing_class, args.max_length, args.pad_to_multiple_of)
 
+        # `compute_loss` divides by the number of tokens in all micro-batches, whatever the model's own loss would do.
+        self.model_accepts_loss_kwargs = True
         # SFTTrainer has seeded torch, so that every process makes the same fresh critic.
-        self._wrap_with_critic(restore_critic)
+        self._wrap_with_critic(source, critic_config, hub_kwargs)
+        if self.aux_loss_enabled:
+            warnings.warn(
+                f"{type(model).__name__} is a mixture of experts, whose router's auxiliary loss VLMQ leaves out. Set "
+                "`router_aux_loss_coef=0` to say that you know.",
+                stacklevel=2,
+            )
+        if self.optimizer is not None and self._with_critic:
+            self._add_heads_to(self.optimizer, self.lr_scheduler)
         self._target_sums = torch.zeros(3, device=args.device)
         self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._last_log = (time.perf_counter(), 0)
         self.add_callback(_AfterUpdate(self))
 
     @staticmethod
-    def _open(model: Any, args: VLMQConfig) -> tuple[Any, Callable | None]:
-        """Opens what `SFTTrainer` does not know, and says how to restore the critic that comes with it."""
-        if isinstance(model, AutoModelForImageTextToTextWithValueHead):
-            critic = model.critic
-            return model.pretrained_model, lambda wrapped: wrapped.critic.load_state_dict(critic.state_dict())
-        if isinstance(model, str) and has_critic(model):
-            saved, wanted = load_critic_config(model), args.critic_config()
-            for name in ("critic_type", "num_critics", "critic_hidden_size", "critic_rank"):
-                if getattr(saved, name) != getattr(wanted, name):
-                    raise ValueError(
-                        f"{model} holds a critic with {name}={getattr(saved, name)!r}, `args` asks for "
-                        f"{getattr(wanted, name)!r}. Set it to the saved one's in `VLMQConfig`."
-                    )
-            opened = load_pretrained(model, is_trainable=True, dtype="float32") if has_adapter(model) else model
-            return opened, lambda wrapped: wrapped.load_critic(model)
-        if isinstance(model, str) and has_adapter(model):
-            return load_pretrained(model, is_trainable=True, dtype="float32"), None
-        return model, None
-
-    def _wrap_with_critic(self, restore: Callable | None) -> None:
-        wrapped = AutoModelForImageTextToTextWithValueHead(self.model, self.args.critic_config())
-        if restore is not None:
-            restore(wrapped)
+    def _known_critic(source: Any, args: VLMQConfig, hub_kwargs: dict[str, Any]) -> CriticConfig | None:
+        """The shape of the critic that comes with what the user gave as the model, if one does and `args` agree."""
+        if isinstance(source, AutoModelForImageTextToTextWithValueHead):
+            found, where = source.critic.config, "The model"
+        elif isinstance(source, str) and has_critic(source, **hub_kwargs):
+            found, where = load_critic_config(source, **hub_kwargs), source
         else:
+            return None
+        wanted = args.critic_config()
+        for name in ("critic_type", "num_critics", "critic_hidden_size", "critic_rank"):
+            if getattr(found, name) != getattr(wanted, name):
+                raise ValueError(
+                    f"{where} holds a critic with {name}={getattr(found, name)!r}, `args` asks for "
+                    f"{getattr(wanted, name)!r}. Set it to the former in `VLMQConfig`."
+                )
+        return found
+
+    def _wrap_with_critic(self, source: Any, known: CriticConfig | None, hub_kwargs: dict[str, Any]) -> None:
+        wrapped = AutoModelForImageTextToTextWithValueHead(self.model, known or self.args.critic_config())
+        if known is None:
             returns = self._index.returns_to_go(self.args.gamma)
             wrapped.critic.initialize_moments(float(returns.mean()), float(returns.std()))
+        elif isinstance(source, str):
+            wrapped.load_critic(source, **hub_kwargs)
+        else:  # the user's own, not a copy: an optimiser may hold its weights
+            wrapped.critic = source.critic.to(wrapped.critic.target_mean.device)
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
+
+    def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Gives the critic's heads to a user's optimiser that does not have them."""
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        heads = [p for p in self.model.critic.online.parameters() if id(p) not in known]
+        if not heads:
+            return
+        if scheduler is not None:
+            raise ValueError(
+                "The optimiser lacks the critic's heads, and its scheduler could not follow if they were added. Make "
+                "the critic first: `model = AutoModelForImageTextToTextWithValueHead(model, args.critic_config())`, "
+                "the optimiser and the scheduler of its parameters, then the trainer of all three."
+            )
+        rate = self.args.critic_learning_rate
+        optimizer.add_param_group({"params": heads, **({} if rate is None else {"lr": rate})})
 
     @property
     def _with_critic(self) -> bool:
@@ -324,7 +389,8 @@ class VLMQTrainer(SFTTrainer):
         advantage = losses.advantages(target_q, state_values)
 
         if mode == "train":
-            self._target_sums += torch.stack([returns.sum(), returns.square().sum(), returns.new_tensor(len(returns))])
+            deltas = returns - mean
+            self._target_sums += torch.stack([deltas.sum(), deltas.square().sum(), deltas.new_tensor(len(deltas))])
         is_turn_start = is_turn_end.roll(1)
         recorded = self._recorded[mode]
         recorded["advantage"].append(advantage)
@@ -385,7 +451,7 @@ class VLMQTrainer(SFTTrainer):
         for name, split in named:
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             # A data loader draws from torch's generator, which the training's dropout needs as it was.
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self._quiet_callbacks():
                 metrics.update(super().evaluate(split, ignore_keys, prefix))
         if self.eval_env is None:
             if not metrics:
@@ -413,6 +479,19 @@ class VLMQTrainer(SFTTrainer):
         metrics.update(played)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextmanager
+    def _quiet_callbacks(self) -> Iterator[None]:
+        """With an `eval_env`, `on_evaluate` is called once, with all metrics: early stopping counts evaluations."""
+        if self.eval_env is not None:
+            self.callback_handler.on_evaluate = lambda args, state, control, metrics: control
+        try:
+            yield
+        finally:
+            self.callback_handler.__dict__.pop("on_evaluate", None)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     # ---- logs ----
 
@@ -456,7 +535,9 @@ class VLMQTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what happened since the last log: tokens per second, advantages, values and their calibration."""
         pending = self._recorded["train" if self.model.training else "eval"]
-        recorded = {name: torch.cat(parts).float().cpu() for name, parts in pending.items()}
+        own = {name: torch.cat(parts).float().cpu() for name, parts in pending.items()}
+        ranks = gather_object([own])
+        recorded = {name: torch.cat([rank[name] for rank in ranks if name in rank]) for name in own}
         pending.clear()
         prefix = "" if self.model.training else "eval_"
         if self.model.training and "loss" in logs:
@@ -499,14 +580,45 @@ class VLMQTrainer(SFTTrainer):
         # `to_json_string` hides the tokens.
         (Path(output_dir) / CONFIG_NAME).write_text(self.args.to_json_string())
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
+        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # A copy: the checkpoint may be deleted while it is uploaded.
+        ignore = shutil.ignore_patterns(*TRAINING_STATE)
+        shutil.copytree(checkpoint_folder, args.output_dir, dirs_exist_ok=True, ignore=ignore)
+        upload = functools.partial(
+            HfApi(token=args.hub_token).upload_folder,
+            repo_id=self.hub_model_id,
+            revision=args.hub_revision,
+            run_as_future=True,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+        )
+        jobs = [upload(folder_path=args.output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            target = "last-checkpoint" if last else Path(checkpoint_folder).name
+            jobs.append(upload(folder_path=checkpoint_folder, path_in_repo=target))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restores adapter or weights, and the critic, strictly: a key that is missing or left over is an error."""
+        if not Path(resume_from_checkpoint).is_dir():
+            raise ValueError(f"Can't find a valid checkpoint at {resume_from_checkpoint}")
         wrapped = self.accelerator.unwrap_model(self.model)
         own = wrapped.pretrained_model
         if isinstance(own, PeftModel):
-            result = set_peft_model_state_dict(
-                own, load_peft_weights(resume_from_checkpoint, device="cpu"), own.active_adapter
-            )
+            named = Path(resume_from_checkpoint) / own.active_adapter  # where PEFT saves any adapter but "default"
+            folder = str(named) if named.is_dir() else resume_from_checkpoint
+            require_adapter_weights(folder)
+            result = set_peft_model_state_dict(own, load_peft_weights(folder, device="cpu"), own.active_adapter)
             missing = [key for key in result.missing_keys if f".{own.active_adapter}." in key]
             if missing or result.unexpected_keys:
                 raise ValueError(
@@ -542,6 +654,17 @@ def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
     mask = torch.zeros(shape, dtype=torch.bool, device=segment.device)
     mask[inverse, position] = True
     return losses.token_returns(mask=mask, **dense)[inverse, position]
+
+
+def _own_processor(name: str, config: Any, init_kwargs: dict[str, Any]) -> Any:
+    """The processor or tokenizer saved beside an adapter; None if there is none: the base model's is used then."""
+    hub_kwargs = hub_arguments(init_kwargs)
+    kwargs = {"trust_remote_code": init_kwargs["trust_remote_code"], **hub_kwargs}
+    if any(find_file(name, f"{kind}_config.json", **hub_kwargs) for kind in ("processor", "preprocessor")):
+        return AutoProcessor.from_pretrained(name, **kwargs)
+    if find_file(name, "tokenizer_config.json", **hub_kwargs) is not None:
+        return AutoTokenizer.from_pretrained(name, config=config, **kwargs)
+    return None
 
 
 def _has_log_probs(dataset: Dataset) -> bool:

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would be uploaded, and what is opened: the critic goes along, and no pickle goes in or out.
+
+No Hub can be reached here, so the two calls that would reach one are recorded with the files that they were given.
+"""
+
+import fnmatch
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from tests import tiny_models
+from tests.small_runs import config, number_line, text_number_line
+from vlmq_trl.critic import CriticConfig
+from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead as ValueHeadModel
+from vlmq_trl.modeling import load_pretrained
+from vlmq_trl.vlmq_trainer import VLMQTrainer
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+CRITIC = {"critic.safetensors", "critic_config.json"}
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """[{"repo_id": ..., "files": ..., ...}] of all uploads."""
+    seen = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Url", (), {"repo_id": f"me/{repo_id}" if "/" not in repo_id else repo_id})
+
+    def upload_folder(self, *, folder_path, ignore_patterns=(), run_as_future=False, **kwargs):
+        root = Path(folder_path)
+        files = {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
+        kept = {f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in ignore_patterns)}
+        seen.append({**kwargs, "files": kept, "token": self.token})
+        done: Future = Future()
+        done.set_result(None)
+        return done if run_as_future else "the commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, repo_id, *, branch, exist_ok: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return seen
+
+
+def wrapped(peft_config=None):
+    model, processor = tiny_models.build("llama")
+    if peft_config is not None:
+        model = PeftModel(model, peft_config)
+    return ValueHeadModel(model, CriticConfig()), processor
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
+def test_push_to_hub_brings_the_critic(uploads, peft_config):
+    model, _ = wrapped(peft_config)
+    assert model.push_to_hub("agent", private=True, token="secret", revision="next") == "the commit"
+    (upload,) = uploads
+    assert upload["repo_id"] == "me/agent" and upload["revision"] == "next" and upload["token"] == "secret"
+    stock = "adapter_model.safetensors" if peft_config else "model.safetensors"
+    assert CRITIC | {stock} <= upload["files"]
+    assert not any(file.endswith(".bin") for file in upload["files"])
+
+
+def test_saving_with_push_to_hub_uploads_last(uploads, tmp_path):
+    model, _ = wrapped()
+    model.save_pretrained(tmp_path / "agent", push_to_hub=True, commit_message="first")
+    (upload,) = uploads
+    assert upload["repo_id"] == "me/agent" and upload["commit_message"] == "first"
+    assert upload["files"] >= CRITIC
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("hub_strategy", ["every_save", "checkpoint", "end"])
+def test_each_save_brings_the_critic(uploads, hub_strategy, peft_config, tmp_path):
+    model, processor = tiny_models.build("llama")
+    args = config(
+        tmp_path / "out",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/agent",
+        hub_strategy=hub_strategy,
+    )
+    trainer = VLMQTrainer(
+        model=model,
+        args=args,
+        train_dataset=text_number_line(),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    during = list(uploads)
+    stock = "adapter_model.safetensors" if peft_config else "model.safetensors"
+    main = [upload for upload in during if "path_in_repo" not in upload]
+    assert len(main) == (0 if hub_strategy == "end" else 2)
+    for upload in main:
+        assert CRITIC | {stock, "vlmq_config.json", "tokenizer.json"} <= upload["files"]
+        assert not [file for file in upload["files"] if file.endswith((".bin", ".pt", ".pth"))]
+        assert upload["repo_id"] == "me/agent" and "Training in progress, step" in upload["commit_message"]
+    if hub_strategy == "checkpoint":
+        last = [upload for upload in during if upload.get("path_in_repo") == "last-checkpoint"]
+        assert len(last) == 2 and {"optimizer.pt", "trainer_state.json", *CRITIC} <= last[-1]["files"]
+    trainer.push_to_hub()
+    assert CRITIC | {stock, "README.md"} <= uploads[-1]["files"]
+
+
+# ---- what is opened ----
+
+
+def as_pickle(folder, name):
+    torch.save(load_file(folder / f"{name}.safetensors"), folder / f"{name}.bin")
+    (folder / f"{name}.safetensors").unlink()
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch.load was called")
+
+    return lambda: monkeypatch.setattr(torch, "load", refuse)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter with its critic, and the base model that it names."""
+    model, processor = tiny_models.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    trainer = VLMQTrainer(
+        model=str(tmp_path / "base"),
+        args=config(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1),
+        train_dataset=text_number_line(),
+        peft_config=LORA,
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_a_pickled_adapter_is_not_opened(adapter, no_pickle):
+    for folder in (adapter / "adapter", adapter / "run" / "checkpoint-1"):
+        as_pickle(folder, "adapter_model")
+    no_pickle()
+    for call in (
+        lambda: ValueHeadModel.from_pretrained(adapter / "adapter"),
+        lambda: VLMQTrainer(str(adapter / "adapter"), config(adapter / "new"), text_number_line()),
+        lambda: VLMQTrainer(
+            str(adapter / "base"), config(adapter / "new"), text_number_line(), peft_config=LORA
+        )._load_from_checkpoint(str(adapter / "run" / "checkpoint-1")),
+    ):
+        with pytest.raises(OSError, match=r"has no adapter_model\.safetensors\. An adapter in a pickle is not opened"):
+            call()
+
+
+def test_a_pickled_model_is_not_opened(adapter, no_pickle):
+    as_pickle(adapter / "base", "model")
+    no_pickle()
+    for call in (
+        lambda: load_pretrained(str(adapter / "base")),
+        lambda: VLMQTrainer(str(adapter / "base"), config(adapter / "new"), text_number_line()),
+    ):
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            call()
+
+
+def test_an_adapter_opens_with_the_users_arguments_and_its_own_processor(adapter):
+    processor = AutoProcessor.from_pretrained(adapter / "base")
+    processor.chat_template = "{# its own #}" + processor.chat_template
+    processor.save_pretrained(adapter / "adapter")
+    args = config(adapter / "new", model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "eager"})
+    trainer = VLMQTrainer(str(adapter / "adapter"), args, text_number_line())
+    assert trainer.model.dtype == torch.bfloat16 and trainer.model.critic.target_mean.dtype == torch.float32
+    assert trainer.model.config._attn_implementation == "eager"
+    assert trainer.processing_class.chat_template.startswith("{# its own #}")
+    assert args.model_init_kwargs == {"dtype": "bfloat16", "attn_implementation": "eager"}
+    assert all(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" in name)
+    # Without a processor of its own, the base model's.
+    for file in (adapter / "adapter").iterdir():
+        if file.name not in CRITIC and not file.name.startswith("adapter"):
+            file.unlink()
+    assert VLMQTrainer(str(adapter / "adapter"), config(adapter / "new"), text_number_line()).processing_class
+
+
+def test_the_critic_comes_from_the_same_revision(adapter, tmp_path):
+    """A repository in the Hub's cache whose two revisions hold different critics."""
+    cache = tmp_path / "cache"
+    repository = cache / "models--me--agent"
+    means = {}
+    for k, revision in enumerate(("main", "v1")):
+        model = ValueHeadModel.from_pretrained(adapter / "adapter")
+        model.critic.target_mean.fill_(float(k + 5))
+        snapshot = repository / "snapshots" / (f"{k}" * 40)
+        model.save_pretrained(snapshot)
+        AutoProcessor.from_pretrained(adapter / "base").save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(f"{k}" * 40)
+    for revision in ("main", "v1"):
+        where = {"revision": revision, "cache_dir": str(cache), "local_files_only": True}
+        trainer = VLMQTrainer("me/agent", config(tmp_path / "new", model_init_kwargs=where), text_number_line())
+        means[revision] = trainer.model.critic.target_mean.item()
+    assert means == {"main": 5.0, "v1": 6.0}
+
+
+def test_an_adapter_without_a_base_model(adapter):
+    path = adapter / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace(f'"{adapter / "base"}"', "null"))
+    with pytest.raises(ValueError, match="does not say which model the adapter belongs to"):
+        ValueHeadModel.from_pretrained(adapter / "adapter")
+
+
+def test_a_named_adapter_resumes(tmp_path):
+    """PEFT saves any adapter but "default" in a folder of its own."""
+
+    def trainer(steps):
+        model, processor = tiny_models.build("idefics3")
+        torch.manual_seed(0)
+        named = PeftModel(model, LORA, adapter_name="agent")
+        args = config(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        return VLMQTrainer(named, args, number_line(), processing_class=processor)
+
+    straight = trainer(2)
+    straight.train()
+    again = trainer(2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for key, value in straight.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
+def test_a_checkpoint_that_is_not_there_is_not_looked_for_elsewhere(peft_config, tmp_path):
+    model, processor = tiny_models.build("llama")
+    trainer = VLMQTrainer(
+        model, config(tmp_path, max_steps=1), text_number_line(), processing_class=processor, peft_config=peft_config
+    )
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint at someone/agent"):
+        trainer.train(resume_from_checkpoint="someone/agent")
