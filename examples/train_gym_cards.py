@@ -11,6 +11,8 @@ Every argument can stand on the command line or in the YAML file. Without `--mod
 first, which reads the game's pictures and cannot play. All methods train on the same data; each is evaluated on the
 same validation episodes while it trains and keeps its best weights; the final test plays other episodes. It ends with
 a before/after table, and writes `results.json`, `learning_curve.png` and each method's model to `output_dir`.
+
+Interrupted? The same command goes on where it was, from the newest checkpoint.
 """
 
 import copy
@@ -22,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,12 @@ import numpy as np
 import torch
 import transformers
 import trl
+import yaml
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 import vlmq_trl
@@ -67,9 +71,24 @@ import matplotlib.pyplot as plt
 
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 METHODS = ("sft", "filtered_bc", "vlmq")
+LEAST = {
+    "episodes": 1,
+    "test_episodes": 1,
+    "sampled_test_episodes": 1,
+    "before_episodes": 0,
+    "collection_seed": 0,
+    "test_seed": 0,
+    "embedded_steps": 1,
+}
 
 # Defaults of this script where they differ from TRL's; the command line and the YAML file override them.
-DEFAULTS: dict[str, Any] = {"output_dir": "runs/gym_cards", "save_strategy": "no", "eval_steps": 50}
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/gym_cards",
+    "eval_steps": 50,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 1,
+}
 CPU_DEFAULTS: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
@@ -148,15 +167,20 @@ class GymCardsArguments:
         if not self.method or len(set(self.method)) != len(self.method):
             raise ValueError(f"`method` is {self.method}; name one or several different methods.")
         make_demonstrator(self.env_id, self.policy)  # raises for a policy that it does not know
-        for name in ("episodes", "test_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-        if not 0 < self.top_fraction <= 1:
-            raise ValueError(f"`top_fraction` is {self.top_fraction}; it must lie in (0, 1].")
-        if self.dataset_path is not None and not Path(self.dataset_path).exists():
-            raise ValueError(f"`dataset_path`: there is nothing at {self.dataset_path}.")
         if self.sampled_test_episodes is None:
             self.sampled_test_episodes = self.test_episodes
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is None and name == "embedded_steps":
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` is {value}; it must be a whole number, at least {least}.")
+        for name in ("top_fraction", "stop_at_success"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"`{name}` is {value}; it must lie in (0, 1].")
+        if self.dataset_path is not None and not Path(self.dataset_path).exists():
+            raise ValueError(f"`dataset_path`: there is nothing at {self.dataset_path}.")
 
     @property
     def env_id(self) -> str:
@@ -176,8 +200,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[GymCardsArguments, VLMQCon
         try:
             parsed = parser.parse_args_and_config(args=argv)
             check_episodes(parsed[0], parsed[1])
+            check_arguments(*parsed)
             return parsed
-        except (ValueError, TypeError, OSError) as error:
+        except IndexError:
+            parser.error("`--config` needs the name of a YAML file.")
+        except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
             parser.error(str(error))
 
     script, args, model_config = once(defaults)
@@ -212,6 +239,74 @@ def check_episodes(script: GymCardsArguments, args: VLMQConfig) -> None:
             )
 
 
+def check_arguments(script: GymCardsArguments, args: VLMQConfig, model_config: ModelConfig) -> None:
+    """Raises ValueError for what TRL would take, and this script cannot do."""
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`resume_from_checkpoint` is not needed: the same command with the same `output_dir` goes on by itself."
+        )
+    if args.load_best_model_at_end or args.save_strategy == "best":
+        raise ValueError(
+            "The script keeps each method's best weights by success itself; leave `load_best_model_at_end` out, and "
+            "`save_strategy` to 'steps', 'epoch' or 'no'."
+        )
+    if "vlmq" in script.method and args.off_policy_trace == "retrace" and script.dataset_path is None:
+        raise ValueError(
+            "`off_policy_trace` 'retrace' needs the behaviour's log-probabilities, which scripted players do not "
+            "have. Choose 'tree_backup', or give a `dataset_path` with `behavior_logprobs`."
+        )
+    name = model_config.model_name_or_path
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"`model_name_or_path`: there is no folder {name}.")
+
+
+def check_data(dataset: datasets.Dataset, script: GymCardsArguments, args: VLMQConfig) -> None:
+    """Raises ValueError for data of another game, or of episodes that validation or test will play.
+
+    Args:
+        dataset: validated; its columns `env_id` and `seed` count where they are filled.
+    """
+    if "env_id" in dataset.column_names:
+        played = {(env_id or "").rpartition(":")[2] for env_id in dataset.unique("env_id")}
+        other = sorted(played & {f"vlmq_trl/{game}-v0" for game in GAMES} - {script.env_id})
+        if other:
+            raise ValueError(f"{script.dataset_path} holds play of {other[0]}, not of {script.env_id}; see `game`.")
+    if "seed" in dataset.column_names:
+        seeds = np.array([seed for seed in dataset.unique("seed") if seed is not None])
+        for name, start, count in (
+            ("validation", args.eval_seed, args.eval_episodes),
+            ("test", script.test_seed, max(script.test_episodes, script.sampled_test_episodes)),
+        ):
+            shared = int(((seeds >= start) & (seeds < start + count)).sum())
+            if shared:
+                raise ValueError(
+                    f"{script.dataset_path} holds {shared} of the {name}'s episodes (seeds {start} to "
+                    f"{start + count - 1}): move `{'eval' if name == 'validation' else 'test'}_seed`."
+                )
+
+
+def earlier_results(output: Path, script: GymCardsArguments, args: VLMQConfig) -> tuple[dict[str, Any], bool]:
+    """What `results.json` in `output` says, if it was made with these arguments (but for `method`), else {}; and
+    whether the run that wrote it was interrupted, so that this one goes on with it.
+
+    Raises:
+        SystemExit: another run was interrupted there, and its checkpoints would be lost.
+    """
+    path = output / "results.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"methods": {}, "arguments": {}}
+    mine = {**asdict(script), **json.loads(args.to_json_string())}
+    theirs = {**found["arguments"], **found.get("training_arguments", {})}
+    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    goes_on = not differing and not set(script.method) <= set(found["methods"])
+    if any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) and not goes_on:
+        names = ", ".join(f"`{name}`" for name in differing[:3])
+        raise SystemExit(
+            f"{output} holds checkpoints of a run with another {names}: give it the same arguments to go on with it, "
+            "choose another `--output_dir`, or remove it."
+        )
+    return ({} if set(differing) - {"method"} else found), goes_on
+
+
 def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = None) -> dict[str, Any]:
     """Runs the whole example and returns what `results.json` holds.
 
@@ -224,11 +319,16 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     say = print if args.process_index == 0 else lambda *_: None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    earlier, goes_on = earlier_results(output, script, args)
+    done = [method for method in script.method if goes_on and method in earlier["methods"]]
+    if goes_on:
+        say(f"Going on with the run in {output}/" + (f"; done: {', '.join(done)}" if done else ""))
 
     with args.main_process_first(desc="model and data"):
         model_name = model_config.model_name_or_path or embedded_model(script)
         dataset = load_data(script, agent_format)
     index = validate_trajectories(dataset, check_images="none")
+    check_data(dataset, script, args)
     successes = int(index.success.sum())
     low, high = wilson_interval(successes, len(index))
     data = {
@@ -243,8 +343,8 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     level = percent(data["success_rate"])
     say(f"Data: {len(index):,} episodes, {len(dataset):,} turns, {level} of the episodes succeed.")
 
-    before = None
-    if script.before_episodes:
+    before = earlier.get("before")
+    if script.before_episodes and before is None:
         say("Testing the model before training ...")
         model = load_pretrained(model_name, **args.model_init_kwargs).to(args.device)
         processor = AutoProcessor.from_pretrained(model_name, revision=model_config.model_revision)
@@ -256,20 +356,35 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
         "model": model_name,
         "data": data,
         "before": before,
-        "methods": {},
-        "arguments": {f.name: getattr(script, f.name) for f in fields(script)},
+        "methods": {
+            method: run
+            for method, run in earlier.get("methods", {}).items()
+            if method in done or method not in script.method
+        },
+        "arguments": asdict(script),
         "training_arguments": json.loads(args.to_json_string()),
         "versions": {m.__name__: m.__version__ for m in (vlmq_trl, torch, transformers, trl, datasets)},
     }
+    write_results(results, output, args)
     for method in script.method:
+        if method in done:
+            continue
         say(f"Training {method} ...")
         results["methods"][method] = train(method, model_name, dataset, script, args, model_config, agent_format)
-        if args.process_index == 0:  # after each method, so that a run cut short leaves what it has
-            (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            plot_learning_curve(results, output / "learning_curve.png")
+        write_results(results, output, args)  # after each method, so that a run cut short leaves what it has
+        if args.process_index == 0:
+            for path in (output / method).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(path)  # the method is done: nothing goes on from here
     say("\n" + table(results))
     say(f"\nResults, learning curve and models: {output}/")
     return results
+
+
+def write_results(results: dict[str, Any], output: Path, args: VLMQConfig) -> None:
+    if args.process_index == 0:
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        if results["methods"]:
+            plot_learning_curve(results, output / "learning_curve.png")
 
 
 def embedded_model(script: GymCardsArguments) -> str:
@@ -300,7 +415,7 @@ def train(
     model_config: ModelConfig,
     agent_format: AgentFormat | None = None,
 ) -> dict[str, Any]:
-    """Trains one method, puts its best weights back, saves and tests it.
+    """Trains one method, from its newest checkpoint if it has any, puts its best weights back, saves and tests it.
 
     Returns:
         `history` (validation, see `EnvEvaluationCallback`), `best_step`, `train_seconds`, and the test's `greedy` and
@@ -327,7 +442,10 @@ def train(
         model_name, quantization_config=get_quantization_config(model_config), **args.model_init_kwargs
     )
     args.model_init_kwargs = None  # applied above
+    peft_config = get_peft_config(model_config)
     if script.freeze_vision_tower:
+        if peft_config is not None:
+            peft_config.exclude_modules = r".*(vision|visual).*"
         for name, parameter in model.named_parameters():
             if re.search("vision|visual", name):
                 parameter.requires_grad_(False)
@@ -337,13 +455,16 @@ def train(
         args=args,
         train_dataset=dataset,
         callbacks=[evaluation, TrainingBar(method, evaluation)],
-        peft_config=get_peft_config(model_config),
+        peft_config=peft_config,
     )
-    check_space(args.output_dir, trainer.model, adapter_only=get_peft_config(model_config) is not None)
+    check_space(args.output_dir, trainer.model, adapter_only=peft_config is not None)
     # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not sharded:
         evaluation.restore_best(trainer.model)
     trainer.save_model(args.output_dir)
@@ -435,7 +556,8 @@ class TrainingBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         hidden = args.disable_tqdm or not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, desc=self.method, unit="step", disable=hidden, dynamic_ncols=True)
+        kwargs = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = tqdm(desc=self.method, disable=hidden, dynamic_ncols=True, **kwargs)
         self.prints = args.disable_tqdm and state.is_world_process_zero
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -252,6 +252,11 @@ def test_nothing_to_evaluate(tmp_path):
         build(tmp_path).evaluate()
 
 
+def test_no_predictions_of_whole_sequences(tmp_path):
+    with pytest.raises(NotImplementedError, match=r"Use `evaluate\(eval_dataset=...\)`"):
+        build(tmp_path, name="llama").predict(text_number_line())
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model saved with its critic and processor, and a checkpoint inside."""

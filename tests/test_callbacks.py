@@ -169,3 +169,34 @@ def test_training_ends_at_the_success_that_was_asked_for(data, tmp_path, monkeyp
     assert trainer.state.global_step == 2  # not at step 1, which may be luck
     with pytest.raises(ValueError, match="stop_at_success"):
         make_callback(stop_at_success=1.5)
+
+
+@pytest.mark.parametrize("trainer_class", [SFTTrainer, VLMQTrainer])
+def test_a_run_that_resumes_goes_on_with_its_records_and_its_best_weights(trainer_class, data, tmp_path, monkeypatch):
+    """The best evaluation is before the interruption; what comes out equals the run without one."""
+    config = VLMQConfig if trainer_class is VLMQTrainer else SFTConfig
+    given = [(0.0, 0.0), (0.9, 1.0), (0.1, 0.0), (0.5, 0.0)]
+
+    def trainer(callback, output_dir):
+        model, processor = tiny_models.build("idefics3")
+        args = arguments(output_dir, config, max_steps=3)
+        args.save_strategy, args.save_steps = "steps", 2
+        return trainer_class(model, args, train_dataset=data, processing_class=processor, callbacks=[callback])
+
+    play_back(monkeypatch, given)
+    straight = make_callback(eval_steps=1)
+    first = trainer(straight, tmp_path)
+    first.train()
+    play_back(monkeypatch, given[3:])
+    again = make_callback(eval_steps=1)
+    second = trainer(again, tmp_path)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    def rates(callback):
+        return [(record["step"], record["success_rate"]) for record in callback.history]
+
+    assert rates(again) == rates(straight) == [(0, 0.0), (1, 0.9), (2, 0.1), (3, 0.5)]
+    assert again.history[3]["train_seconds"] > again.history[2]["train_seconds"]
+    assert straight.restore_best(first.model)["step"] == again.restore_best(second.model)["step"] == 1
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[key], value), key

@@ -12,6 +12,7 @@ import gymnasium
 import PIL.Image
 import pytest
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from examples import train_gym_cards
@@ -133,6 +134,90 @@ def test_best_weights_are_the_ones_that_are_tested(model_name, tmp_path, monkeyp
     assert results["methods"]["sft"]["best_step"] == 1
 
 
+class Interrupted(Exception):
+    pass
+
+
+def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, monkeypatch, capsys):
+    """Interrupted in the second method's training: the first is kept, the second ends as it would have."""
+    arguments = {**SMALL, "max_steps": 3, "before_episodes": 2, "method": ["sft", "vlmq"], "save_steps": 1}
+    arguments |= {"model_name_or_path": model_name, "disable_tqdm": True}
+    straight = train_gym_cards.main(flags(**arguments, output_dir=tmp_path / "straight"))
+    assert not list((tmp_path / "straight").glob("*/checkpoint-*"))
+
+    step = train_gym_cards.TrainingBar.on_step_end
+    tested = train_gym_cards.test_model
+
+    def interrupt(self, args, state, control, **kwargs):
+        step(self, args, state, control, **kwargs)
+        if self.method == "vlmq" and state.global_step == 3:
+            raise Interrupted
+
+    monkeypatch.setattr(train_gym_cards.TrainingBar, "on_step_end", interrupt)
+    with pytest.raises(Interrupted):
+        train_gym_cards.main(flags(**arguments, output_dir=tmp_path / "run"))
+    monkeypatch.setattr(train_gym_cards.TrainingBar, "on_step_end", step)
+    assert [path.name for path in (tmp_path / "run").glob("*/checkpoint-*")] == ["checkpoint-2"]
+
+    other = flags(**{**arguments, "learning_rate": 5e-4}, output_dir=tmp_path / "run")
+    with pytest.raises(SystemExit, match="holds checkpoints of a run with another `learning_rate`"):
+        train_gym_cards.main(other)
+
+    tests = []
+    monkeypatch.setattr(train_gym_cards, "test_model", lambda *args, **kw: tests.append(kw) or tested(*args, **kw))
+    capsys.readouterr()
+    again = train_gym_cards.main(flags(**arguments, output_dir=tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert "Going on with the run" in printed and "done: sft" in printed and "vlmq/checkpoint-2" in printed
+    assert len(tests) == 1  # neither the model before training nor sft is tested again
+
+    def plain(results):
+        timeless = {"seconds", "train_seconds", "runtime"}
+
+        def strip(value):
+            if isinstance(value, dict):
+                return {k: strip(v) for k, v in value.items() if k not in timeless}
+            return [strip(v) for v in value] if isinstance(value, list) else value
+
+        return strip({"methods": results["methods"], "before": results["before"], "data": results["data"]})
+
+    assert plain(json.loads(json.dumps(again))) == plain(json.loads(json.dumps(straight)))
+
+
+def test_another_method_into_the_same_folder_keeps_the_first_ones_results(model_name, tmp_path):
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
+    train_gym_cards.main(flags(**arguments, model_name_or_path=model_name, method="sft"))
+    results = train_gym_cards.main(flags(**arguments, model_name_or_path=model_name, method="filtered_bc"))
+    assert list(results["methods"]) == ["sft", "filtered_bc"]
+    changed = {**arguments, "episodes": 13}
+    results = train_gym_cards.main(flags(**changed, model_name_or_path=model_name, method="filtered_bc"))
+    assert list(results["methods"]) == ["filtered_bc"]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "seed", "message"),
+    [
+        ("vlmq_trl/Blackjack-v0", 0, "holds play of vlmq_trl/Blackjack-v0, not of vlmq_trl/NumberLine-v0"),
+        ("vlmq_trl/NumberLine-v0", 2_000_003, r"holds 3 of the test's episodes \(seeds 2000000 to 2000005\)"),
+        ("vlmq_trl/NumberLine-v0", 999_995, "holds 1 of the validation's episodes .*move `eval_seed`"),
+    ],
+)
+def test_data_that_must_not_be_trained_on(env_id, seed, message, model_name, tmp_path):
+    save_trajectories(collect_demonstrations(env_id, episodes=6, seed=seed, progress=False), tmp_path / "data")
+    arguments = {**SMALL, "dataset_path": tmp_path / "data", "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=message):
+        train_gym_cards.main(flags(model_name_or_path=model_name, **arguments))
+
+
+@pytest.mark.parametrize("method", ["sft", "vlmq"])
+def test_the_vision_tower_is_frozen_for_lora_too(method, model_name, tmp_path):
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "method": method, "output_dir": tmp_path}
+    lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "disable_tqdm": True}
+    train_gym_cards.main(flags(model_name_or_path=model_name, **arguments, **lora))
+    names = list(load_file(tmp_path / method / "adapter_model.safetensors"))
+    assert names and not [name for name in names if "vision" in name]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_files_are_understood(config):
     script, args, _ = train_gym_cards.parse(["--config", str(config)])
@@ -156,7 +241,17 @@ def test_defaults_depend_on_the_model(model_name):
         (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
         (["--method", "sft", "sft"], "name one or several different methods"),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
-        (["--episodes", "0"], "`episodes` is 0; it must be at least 1"),
+        (["--episodes", "0"], "`episodes` is 0; it must be a whole number, at least 1"),
+        (["--sampled_test_episodes", "-3"], "`sampled_test_episodes` is -3; it must be a whole number, at least 1"),
+        (["--before_episodes", "-4"], "`before_episodes` is -4; it must be a whole number, at least 0"),
+        (["--collection_seed", "-1"], "`collection_seed` is -1; it must be a whole number, at least 0"),
+        (["--embedded_steps", "0"], "`embedded_steps` is 0; it must be a whole number, at least 1"),
+        (["--stop_at_success", "98"], "`stop_at_success` is 98.0; it must lie in (0, 1]"),
+        (["--off_policy_trace", "retrace"], "scripted players do not have. Choose 'tree_backup'"),
+        (["--save_strategy", "best"], "keeps each method's best weights by success itself"),
+        (["--resume_from_checkpoint", "nope"], "the same command with the same `output_dir` goes on by itself"),
+        (["--model_name_or_path", "/nope/x"], "`model_name_or_path`: there is no folder /nope/x"),
+        (["--config"], "`--config` needs the name of a YAML file"),
         (["--episodes", "many"], "--episodes: invalid int value: 'many'"),
         (["--top_fraction", "2"], "`top_fraction` is 2.0; it must lie in (0, 1]"),
         (["--dataset_path", "/nowhere"], "`dataset_path`: there is nothing at /nowhere"),
@@ -178,7 +273,13 @@ def test_bad_arguments_end_with_a_message(argv, message, capsys):
 
 
 def test_a_bad_value_in_a_file_ends_with_a_message(tmp_path, capsys):
-    for text, message in (("game: Chess", "`game` is 'Chess'"), ("gmae: NumberLine", "gmae"), ("- 1", "YAML mapping")):
+    for text, message in (
+        ("game: Chess", "`game` is 'Chess'"),
+        ("gmae: NumberLine", "gmae"),
+        ("- 1", "YAML mapping"),
+        ("episodes: 20.5", "`episodes` is 20.5; it must be a whole number"),
+        ("episodes: [", "while parsing"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SystemExit):
             train_gym_cards.parse(["--config", str(tmp_path / "bad.yaml")])

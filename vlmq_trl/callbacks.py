@@ -5,21 +5,26 @@ It works with every `transformers.Trainer`, stock `trl.SFTTrainer` included, so 
 steps, on the same episodes, with the same choice of the best weights.
 """
 
+import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .agent_format import AgentFormat, check_format
 from .policy import evaluate_model
 from .rollout import EnvSpec
 
+RECORDS_NAME = "env_evaluation.json"
+BEST_NAME = "env_best.safetensors"
 COPIED = ("mean_return", "return_low", "return_high", "mean_turns", "valid_rate", "episodes")
 
 
@@ -55,8 +60,9 @@ class EnvEvaluationCallback(TrainerCallback):
         best: the best record, None before the first evaluation.
 
     The records also go to the trainer's `state.log_history` (`env_success_rate`, ...) and, if the trainer reports to
-    TensorBoard, there. Every process of a distributed run plays the same episodes. A training run that resumes starts
-    a new history.
+    TensorBoard, there. Every process of a distributed run plays the same episodes. Checkpoints hold the records and
+    the best weights (`env_evaluation.json`, `env_best.safetensors`); a run that resumes from one in its `output_dir`
+    goes on with them.
 
     Raises:
         ValueError: a number below 1; or, when training begins, `keep_best` with weights that ZeRO-3 or FSDP sharded.
@@ -131,10 +137,11 @@ class EnvEvaluationCallback(TrainerCallback):
                 "checkpoints with `save_strategy` instead."
             )
         self.history, self.best, self._best_weights = [], None, {}
+        self._began, self._evaluating = time.perf_counter(), 0.0
         if "tensorboard" in args.report_to and state.is_world_process_zero:
             self._writer = SummaryWriter(str(_tensorboard_directory(args)))
-        self._began, self._evaluating = time.perf_counter(), 0.0
-        self._evaluate(args, state, kwargs)
+        if not self._restore(_checkpoint(args, state)):
+            self._evaluate(args, state, kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,6 +160,24 @@ class EnvEvaluationCallback(TrainerCallback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / RECORDS_NAME).write_text(json.dumps({"history": self.history, "best": self.best}) + "\n")
+            if self.keep_best:
+                save_file(self._best_weights, folder / BEST_NAME)
+
+    def _restore(self, folder: Path) -> bool:
+        """Goes on with what `on_save` wrote; False if there is nothing for this step."""
+        if not (folder / RECORDS_NAME).is_file() or (self.keep_best and not (folder / BEST_NAME).is_file()):
+            return False
+        records = json.loads((folder / RECORDS_NAME).read_text())
+        self.history, self.best = records["history"], records["best"]
+        if self.keep_best:
+            self._best_weights = load_file(folder / BEST_NAME)
+        self._began -= self.history[-1]["train_seconds"]
+        return True
 
     def _evaluate(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
         start = time.perf_counter()
@@ -189,6 +214,11 @@ class EnvEvaluationCallback(TrainerCallback):
                     self._best_weights[name].copy_(parameter)
                 else:
                     self._best_weights[name] = parameter.detach().to("cpu", copy=True)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of a checkpoint at this step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _rank(record: dict[str, float]) -> tuple[float, float]:

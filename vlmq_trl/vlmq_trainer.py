@@ -490,8 +490,11 @@ class VLMQTrainer(SFTTrainer):
         finally:
             self.callback_handler.__dict__.pop("on_evaluate", None)
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "`predict` returns the logits of whole sequences, which VLMQ never makes. Use "
+            "`evaluate(eval_dataset=...)` for losses, `evaluate()` for success, and `ModelPolicy` for answers."
+        )
 
     # ---- logs ----
 

@@ -278,7 +278,7 @@ def work(name: str) -> None:
     run = Run(setting, variant, int(seed))
     start = time.perf_counter()
     output = ROOT / "runs" / "benchmarks" / name
-    argv = [*run.argv, "--output_dir", str(output), "--disable_tqdm", "true"]
+    argv = [*run.argv, "--output_dir", str(output), "--disable_tqdm", "true", "--save_strategy", "no"]
     found = train_gym_cards.main(argv, long_format() if variant.startswith("long_") else None)
     (measured,) = found["methods"].values()
     write_json(
