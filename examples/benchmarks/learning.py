@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -355,22 +356,24 @@ def finished(setting: str, variant: str) -> list[dict[str, Any]]:
     return [r for seed in SEEDS if (r := Run(setting, variant, seed).result()) is not None]
 
 
-def as_test(data: dict[str, Any]) -> dict[str, Any]:
-    return {"sampled": {"successes": data["successes"], "episodes": data["episodes"]}}
+def data_level(setting: str, variants: Iterable[str]) -> dict[str, float] | None:
+    """Of the data of all seeds that one of these variants has learned from."""
+    runs = [[Run(setting, variant, seed).result() for variant in variants] for seed in SEEDS]
+    data = [found[0]["data"] for results in runs if (found := [r for r in results if r is not None])]
+    return pooled([{"data": d} for d in data], "data")
 
 
 def line(name: str, results: list[dict[str, Any]], solvable: bool = False) -> list[str]:
     """A row of a setting's table."""
     row = [name, *cells(pooled(results, "greedy", solvable)), *cells(pooled(results, "sampled", solvable))]
-    steps = ", ".join(str(r["best_step"]) for r in results)
-    return [*row, steps, clock(sum(r["train_seconds"] for r in results) / len(results)) if results else ""]
+    return [*row, ", ".join(str(r["best_step"]) for r in results)]
 
 
 # Arguments that a setting's table does not list: they are said elsewhere on the page, or decide nothing.
 NOT_LEARNING = {"game", "policy", "episodes", "max_completion_length", "before_episodes"} | {
     f"{part}_{name}" for part in ("eval", "test", "sampled_test") for name in ("episodes", "steps")
 }
-HEADER = ["", "greedy, %", "seeds", "sampled, %", "seeds", "best step", "training"]
+HEADER = ["", "greedy, %", "seeds", "sampled, %", "seeds", "best step"]
 
 
 def listed(arguments: dict[str, Any]) -> str:
@@ -380,15 +383,14 @@ def listed(arguments: dict[str, Any]) -> str:
 
 def setting_section(setting: str) -> str:
     described, by_method = SETTINGS[setting], {method: finished(setting, method) for method in METHODS}
-    some = next((results for results in by_method.values() if results), None)
-    if some is None:
+    data = data_level(setting, METHODS)
+    if data is None:
         return ""
     arguments = described["arguments"]
-    data = pooled([as_test(r["data"]) for r in some], "sampled")
     before = [r["before"] for r in by_method["sft"] if r["before"]]
-    rows = [["the data", "–", "–", *cells(data), "", ""]]
+    rows = [["the data", "–", "–", *cells(data), ""]]
     if before:
-        rows.append(["before training", *cells(pooled(before, "greedy")), *cells(pooled(before, "sampled")), "", ""])
+        rows.append(["before training", *cells(pooled(before, "greedy")), *cells(pooled(before, "sampled")), ""])
     rows += [line(NAMES[method], results) for method, results in by_method.items()]
     text = (
         f"### {described['title']}\n\n{arguments['episodes']:,} episodes of data. Known figures, greedy or nearly so: "
@@ -436,7 +438,7 @@ def target_section() -> str:
         rows.append([f"{setting}: 10 points over SFT and filtered cloning, intervals apart", *found])
     results = finished("NumberLine", "sft")
     if results:
-        data, sft = pooled([as_test(r["data"]) for r in results], "sampled"), pooled(results, "sampled")
+        data, sft = data_level("NumberLine", ["sft"]), pooled(results, "sampled")
         rows.append(
             [
                 "NumberLine: SFT stays at its data's level (sampled, within 5 points)",
@@ -461,7 +463,7 @@ def report() -> None:
             + ", ".join(f"{name} {number}" for name, number in used.items())
             + ".\n\nSuccess in %: all seeds' test episodes together, with Wilson's 95 % interval, and in the column "
             f"beside it the worst and the best of the {len(SEEDS)} seeds (*: not all are done). `best step` is where "
-            "each seed's validation was best; `training` is the mean time of all optimiser steps, in minutes:seconds. "
+            "each seed's validation was best. What a step costs stands under Cost: these runs shared their machine. "
             f"Settings of all, unless said otherwise: {listed(COMMON)}; a method's own are in `learning.py`."
             "\n\n![Learning curves](learning_curves.png)\n\n" + "\n\n".join(filter(None, sections))
         )
@@ -480,9 +482,11 @@ def summary() -> str:
         if not any(levels):
             continue
         told = [table for table in tables if table["setting"] == setting]
-        some = next(r for variant in variants if (r := finished(setting, variant)))
-        data = pooled([as_test(r["data"]) for r in some], "sampled")
-        shown = [f"{100 * level['rate']:.1f}" if level else "–" for level in levels]
+        data = data_level(setting, variants)
+        shown = [
+            f"{100 * level['rate']:.1f}" + ("" if level["seeds"] == len(SEEDS) else " *") if level else "–"
+            for level in levels
+        ]
         wins = sum(table["successes"]["q_learning"] for table in told)
         limit = f"{100 * wins / sum(table['test_episodes'] for table in told):.1f}" if told else "–"
         rows.append([described["title"], f"{100 * data['rate']:.1f}", *shown, limit])
@@ -525,7 +529,7 @@ def plot(path: Path) -> None:
             rates = 100 * np.array([[record["success_rate"] for record in r["history"]] for r in results])
             (curve,) = axes.plot(steps, rates.mean(0), label=NAMES[method])
             axes.fill_between(steps, rates.min(0), rates.max(0), color=curve.get_color(), alpha=0.2, linewidth=0)
-            data = pooled([as_test(r["data"]) for r in results], "sampled")
+        data = data_level(setting, METHODS)
         axes.axhline(100 * data["rate"], linestyle="--", color="0.4", label="the data")
         axes.legend(fontsize=8)
         axes.set(title=described["title"], xlabel="optimiser steps", ylabel="success in %")

@@ -10,6 +10,7 @@ actions seen in s'. A network that does better has generalised; where the table 
 the data hold little for a better method to find.
 """
 
+import argparse
 import sys
 import time
 from collections import Counter, defaultdict
@@ -178,6 +179,10 @@ def section(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
+    summary, _, about = (__doc__ or "").partition("\n")
+    argparse.ArgumentParser(
+        description=summary, epilog=about, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     start = time.perf_counter()
     results = []
     for setting in SETTINGS:
