@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from gymnasium.utils.env_checker import check_env
 from trl import SFTConfig
 
 import vlmq_trl
 from tests import tiny_models
 from vlmq_trl import VLMQConfig
+from vlmq_trl.agent_format import ParsedAction
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,6 +75,21 @@ def test_the_api_page_has_every_name_and_every_default():
         f.name for f in dataclasses.fields(VLMQConfig) if f.name in inherited and f.default != inherited[f.name]
     }
     assert changed <= {"max_length", "metric_for_best_model"}
+
+
+def test_the_own_environment_of_the_page_plays():
+    """As it stands: Gymnasium's checker is content, both formats play it, and a model's play is a dataset."""
+    first, second = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text().partition("## Your own")[2], re.DOTALL
+    )
+    names = {}
+    exec(first, names)
+    check_env(names["Light"](), skip_render_check=True)
+    own = names["CallableFormat"](parse_fn=names["answer"])
+    assert own.parse("It is green. Answer: Go") == ParsedAction("go", True) and not own.parse("Answer: ").valid
+    names["model"], names["processor"] = tiny_models.build("idefics3")
+    exec(second.replace("episodes=1000", "episodes=3").replace("length=64", "length=2"), names)
+    assert len(vlmq_trl.validate_trajectories(names["play"])) == 3
 
 
 def test_the_readmes_script_runs(tmp_path):

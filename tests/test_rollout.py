@@ -184,6 +184,7 @@ def test_text_only_environments_and_log_probabilities():
         ({"max_turns": 0}, ValueError, "max_turns must be at least 1"),
         ({"agent_format": "json"}, TypeError, "pass for example make_format\\('json'\\)"),
         ({"agent_format": str.strip}, TypeError, "pass for example CallableFormat"),
+        ({"policy": make_demonstrator(NUMBER_LINE, "expert")}, TypeError, "becomes one by `DemonstratorPolicy"),
         ({"env": Countdown()}, TypeError, "a function that makes a new environment, got Countdown"),
         ({"env": lambda: SHARED}, ValueError, "returned the same object twice"),
         ({"env": lambda: "text"}, TypeError, "factory returned str"),
@@ -192,9 +193,9 @@ def test_text_only_environments_and_log_probabilities():
     ],
 )
 def test_refuses(kwargs, error, words):
-    kwargs = {"env": Countdown, "episodes": 3, **kwargs}
+    kwargs = {"env": Countdown, "policy": Scripted(), "episodes": 3, **kwargs}
     with pytest.raises(error, match=words):
-        list(play_episodes(kwargs.pop("env"), Scripted(), **kwargs))
+        list(play_episodes(kwargs.pop("env"), kwargs.pop("policy"), **kwargs))
 
 
 def test_a_policy_must_answer_everything():

@@ -166,6 +166,11 @@ def play_episodes(
     if max_turns is not None and max_turns < 1:
         raise ValueError(f"max_turns must be at least 1, got {max_turns}.")
     check_format(agent_format)
+    if not hasattr(policy, "act"):
+        raise TypeError(
+            f"The policy has no method `act(requests)`, got {policy!r}. A function (env, generator) -> Decision, such "
+            "as a demonstrator, becomes one by `DemonstratorPolicy(function, agent_format)`."
+        )
     return _play(env, policy, episodes, seed, agent_format, num_envs, env_kwargs, max_turns, id_prefix, progress)
 
 
