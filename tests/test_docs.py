@@ -5,9 +5,11 @@ import dataclasses
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -77,19 +79,18 @@ def test_the_api_page_has_every_name_and_every_default():
     assert changed <= {"max_length", "metric_for_best_model"}
 
 
-def test_the_own_environment_of_the_page_plays():
+def test_the_own_environment_of_the_page_plays(tmp_path):
     """As it stands: Gymnasium's checker is content, both formats play it, and a model's play is a dataset."""
     first, second = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text().partition("## Your own")[2], re.DOTALL
     )
-    names = {}
-    exec(first, names)
-    check_env(names["Light"](), skip_render_check=True)
-    own = names["CallableFormat"](parse_fn=names["answer"])
+    (tmp_path / "page.py").write_text(first + second.replace("episodes=1000", "episodes=3").replace("=64)", "=2)"))
+    model, processor = tiny_models.build("idefics3")
+    page = SimpleNamespace(**runpy.run_path(str(tmp_path / "page.py"), {"model": model, "processor": processor}))
+    check_env(page.Light(), skip_render_check=True)
+    own = page.CallableFormat(parse_fn=page.answer)
     assert own.parse("It is green. Answer: Go") == ParsedAction("go", True) and not own.parse("Answer: ").valid
-    names["model"], names["processor"] = tiny_models.build("idefics3")
-    exec(second.replace("episodes=1000", "episodes=3").replace("length=64", "length=2"), names)
-    assert len(vlmq_trl.validate_trajectories(names["play"])) == 3
+    assert len(vlmq_trl.validate_trajectories(page.play)) == 3
 
 
 def test_the_readmes_script_runs(tmp_path):
