@@ -517,6 +517,8 @@ def test_a_users_optimizer_and_scheduler(tmp_path):
     wrapped = AutoModelForImageTextToTextWithValueHead(model)
     learns = trainer(wrapped, wrapped.parameters())
     assert learns.model.critic is wrapped.critic
+    returns = learns._index.returns_to_go(learns.args.gamma)  # a critic of no data yet begins at these
+    assert wrapped.critic.target_mean.item() == pytest.approx(returns.mean(), rel=1e-5)
     before = weights_of(learns)
     learns.train()
     assert all(not torch.equal(v, before[k]) for k, v in weights_of(learns).items() if "critic.online" in k)

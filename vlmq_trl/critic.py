@@ -173,6 +173,11 @@ class Critic(nn.Module):
         return super()._apply(keep, recurse)
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether the moments are still those of no data at all."""
+        return bool(self.target_mean == 0) and bool(self.target_variance == 1)
+
+    @property
     def target_std(self) -> Tensor:
         """Scalar standard deviation of the targets, at least `min_std`."""
         return self.target_variance.sqrt().maximum(self.min_std)

@@ -232,13 +232,14 @@ class VLMQTrainer(SFTTrainer):
 
     def _wrap_with_critic(self, source: Any, known: CriticConfig | None, hub_kwargs: dict[str, Any]) -> None:
         wrapped = AutoModelForImageTextToTextWithValueHead(self.model, known or self.args.critic_config())
-        if known is None:
+        if isinstance(source, AutoModelForImageTextToTextWithValueHead):
+            # The user's own, not a copy: an optimiser may hold its weights.
+            wrapped.critic = source.critic.to(wrapped.critic.target_mean.device)
+        elif known is not None:
+            wrapped.load_critic(source, **hub_kwargs)
+        if wrapped.critic.is_fresh:
             returns = self._index.returns_to_go(self.args.gamma)
             wrapped.critic.initialize_moments(float(returns.mean()), float(returns.std()))
-        elif isinstance(source, str):
-            wrapped.load_critic(source, **hub_kwargs)
-        else:  # the user's own, not a copy: an optimiser may hold its weights
-            wrapped.critic = source.critic.to(wrapped.critic.target_mean.device)
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
 
     def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
