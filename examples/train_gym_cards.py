@@ -635,4 +635,7 @@ def quiet_bars() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the newest checkpoint.")
