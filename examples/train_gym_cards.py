@@ -44,8 +44,9 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 import vlmq_trl
@@ -285,7 +286,9 @@ def check_data(dataset: datasets.Dataset, script: GymCardsArguments, args: VLMQC
                 )
 
 
-def earlier_results(output: Path, script: GymCardsArguments, args: VLMQConfig) -> tuple[dict[str, Any], bool]:
+def earlier_results(
+    output: Path, script: GymCardsArguments, args: VLMQConfig, model_config: ModelConfig
+) -> tuple[dict[str, Any], bool]:
     """What `results.json` in `output` says, if it was made with these arguments (but for `method`), else {}; and
     whether the run that wrote it was interrupted, so that this one goes on with it.
 
@@ -294,9 +297,16 @@ def earlier_results(output: Path, script: GymCardsArguments, args: VLMQConfig) -
     """
     path = output / "results.json"
     found = json.loads(path.read_text()) if path.is_file() else {"methods": {}, "arguments": {}}
-    mine = {**asdict(script), **json.loads(args.to_json_string())}
-    theirs = {**found["arguments"], **found.get("training_arguments", {})}
-    differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    mine = all_arguments(script, args, model_config)
+    theirs = {k: v for kind, part in found.items() if kind.endswith("arguments") for k, v in part.items()}
+    mine = {k: v for part in mine.values() for k, v in part.items()}
+    differing = sorted(
+        k
+        for k in (mine.keys() | theirs.keys()) - {"output_dir"}
+        if json.dumps(mine.get(k)) != json.dumps(theirs.get(k))
+    )
+    if not differing and set(script.method) <= set(found["methods"]):
+        remove_checkpoints(output)  # of a run that was killed at its very end
     goes_on = not differing and not set(script.method) <= set(found["methods"])
     if any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) and not goes_on:
         names = ", ".join(f"`{name}`" for name in differing[:3])
@@ -305,6 +315,20 @@ def earlier_results(output: Path, script: GymCardsArguments, args: VLMQConfig) -
             "choose another `--output_dir`, or remove it."
         )
     return ({} if set(differing) - {"method"} else found), goes_on
+
+
+def all_arguments(script: GymCardsArguments, args: VLMQConfig, model_config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """As `results.json` holds them, and by which a run knows itself again."""
+    return {
+        "arguments": asdict(script),
+        "model_arguments": asdict(model_config),
+        "training_arguments": json.loads(args.to_json_string()),
+    }
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for path in folder.glob(f"**/{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = None) -> dict[str, Any]:
@@ -319,7 +343,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     say = print if args.process_index == 0 else lambda *_: None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    earlier, goes_on = earlier_results(output, script, args)
+    earlier, goes_on = earlier_results(output, script, args, model_config)
     done = [method for method in script.method if goes_on and method in earlier["methods"]]
     if goes_on:
         say(f"Going on with the run in {output}/" + (f"; done: {', '.join(done)}" if done else ""))
@@ -343,6 +367,11 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     level = percent(data["success_rate"])
     say(f"Data: {len(index):,} episodes, {len(dataset):,} turns, {level} of the episodes succeed.")
 
+    if earlier.get("data", data) != data:
+        raise SystemExit(
+            f"{output} holds a run on other data from {script.dataset_path or script.env_id}: choose another "
+            "`--output_dir`, or remove it."
+        )
     before = earlier.get("before")
     if script.before_episodes and before is None:
         say("Testing the model before training ...")
@@ -361,8 +390,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
             for method, run in earlier.get("methods", {}).items()
             if method in done or method not in script.method
         },
-        "arguments": asdict(script),
-        "training_arguments": json.loads(args.to_json_string()),
+        **all_arguments(script, args, model_config),
         "versions": {m.__name__: m.__version__ for m in (vlmq_trl, torch, transformers, trl, datasets)},
     }
     write_results(results, output, args)
@@ -373,8 +401,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
         results["methods"][method] = train(method, model_name, dataset, script, args, model_config, agent_format)
         write_results(results, output, args)  # after each method, so that a run cut short leaves what it has
         if args.process_index == 0:
-            for path in (output / method).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(path)  # the method is done: nothing goes on from here
+            remove_checkpoints(output / method)  # the method is done: nothing goes on from here
     say("\n" + table(results))
     say(f"\nResults, learning curve and models: {output}/")
     return results
@@ -382,7 +409,8 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
 
 def write_results(results: dict[str, Any], output: Path, args: VLMQConfig) -> None:
     if args.process_index == 0:
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / "results.json.part").write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(output / "results.json.part", output / "results.json")
         if results["methods"]:
             plot_learning_curve(results, output / "learning_curve.png")
 
@@ -461,10 +489,11 @@ def train(
     # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    checkpoint = newest_checkpoint(args.output_dir)
     if checkpoint is not None and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if sharded or checkpoint is None or not trained_to_the_end(checkpoint, evaluation):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if not sharded:
         evaluation.restore_best(trainer.model)
     trainer.save_model(args.output_dir)
@@ -479,6 +508,21 @@ def train(
     gc.collect()
     torch.cuda.empty_cache()
     return result
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint that was written to its end: the trainer's state is its last file."""
+    whole = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def trained_to_the_end(checkpoint: str, evaluation: EnvEvaluationCallback) -> bool:
+    """Whether only the test is left; `evaluation` then has its records and best weights back. `Trainer` would go on
+    by a step."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    if not evaluation.restore(checkpoint) or evaluation.history[-1]["step"] != state.global_step:
+        return False
+    return state.global_step >= state.max_steps or evaluation.satisfied
 
 
 def check_space(output_dir: str, model: torch.nn.Module, adapter_only: bool) -> None:

@@ -186,6 +186,7 @@ def test_bad_settings(env_id, kwargs, text):
         (NumberLine, {"curent": 1}, r"unknown options \['curent'\]; it knows current, target"),
         (NumberLine, {"current": 2, "target": 2}, "two different whole numbers in 0..5, not 2 and 2"),
         (NumberLine, {"current": 6, "target": 2}, "two different whole numbers in 0..5, not 6 and 2"),
+        (NumberLine, {"target": True}, "two different whole numbers in 0..5, not . and True"),
         (NumberLine, {"target": 1.5}, "two different whole numbers in 0..5, not . and 1.5"),
         (EZPoints, {"cards": ["5"]}, "cards must be 2 ranks"),
         (EZPoints, {"cards": ["5", "11"]}, "cards must be 2 ranks"),
@@ -274,8 +275,8 @@ def test_number_line_moves(current, target, action, outcome, after):
 def test_number_line_one_number_set_leaves_the_other_uniform(name):
     seen = Counter()
     for seed in range(1000):
-        env = start(NumberLine, {name: 3}, seed=seed)
-        assert getattr(env, name) == 3
+        env = start(NumberLine, {name: np.int64(3)}, seed=seed)
+        assert getattr(env, name) == 3 and set(env.state_text().values()) <= set("012345")
         seen[env.target if name == "current" else env.current] += 1
     assert sorted(seen) == [0, 1, 2, 4, 5]
     assert all(150 < count < 250 for count in seen.values())

@@ -184,6 +184,41 @@ def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, mo
     assert plain(json.loads(json.dumps(again))) == plain(json.loads(json.dumps(straight)))
 
 
+@pytest.mark.parametrize("stop", [None, 1.0])
+def test_a_run_interrupted_in_its_test_is_not_trained_further(stop, model_name, tmp_path, monkeypatch):
+    """Nor one that `stop_at_success` had ended."""
+    arguments = {**SMALL, "max_steps": 4 if stop else 2, "before_episodes": 0, "method": "vlmq", "save_steps": 1}
+    argv = flags(**arguments, model_name_or_path=model_name, disable_tqdm=True, output_dir=tmp_path)
+    argv += flags(stop_at_success=stop) if stop else []
+    if stop:
+        played = callbacks.evaluate_model
+        monkeypatch.setattr(callbacks, "evaluate_model", lambda *a, **kw: {**played(*a, **kw), "success_rate": 1.0})
+    tested = train_gym_cards.test_model
+
+    def interrupt(*args, **kwargs):
+        raise Interrupted
+
+    monkeypatch.setattr(train_gym_cards, "test_model", interrupt)
+    with pytest.raises(Interrupted):
+        train_gym_cards.main(argv)
+    monkeypatch.setattr(train_gym_cards, "test_model", tested)
+    (tmp_path / "vlmq" / "checkpoint-9").mkdir()  # one that a kill left unwritten
+    history = train_gym_cards.main(argv)["methods"]["vlmq"]["history"]
+    assert [record["step"] for record in history] == ([0, 1] if stop else [0, 1, 2])
+    assert not list(tmp_path.glob("vlmq/checkpoint-*"))
+    # Killed at the very end: nothing is left to do but to begin anew.
+    (tmp_path / "vlmq" / "checkpoint-2").mkdir()
+    train_gym_cards.main(argv)
+
+
+def test_another_models_run_is_not_gone_on_with(model_name, tmp_path):
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
+    lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
+    train_gym_cards.main(flags(**arguments, **lora, model_name_or_path=model_name, method="sft"))
+    other = flags(**arguments, **lora, lora_r=4, model_name_or_path=model_name, method="vlmq")
+    assert list(train_gym_cards.main(other)["methods"]) == ["vlmq"]
+
+
 def test_another_method_into_the_same_folder_keeps_the_first_ones_results(model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
     train_gym_cards.main(flags(**arguments, model_name_or_path=model_name, method="sft"))

@@ -67,12 +67,23 @@ def test_push_to_hub_brings_the_critic(uploads, peft_config):
     assert not any(file.endswith(".bin") for file in upload["files"])
 
 
+def test_other_processes_do_not_push(uploads, tmp_path, monkeypatch):
+    model, processor = tiny_models.build("llama")
+    trainer = VLMQTrainer(model, config(tmp_path), text_number_line(), processing_class=processor)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer._push_from_checkpoint(str(tmp_path))  # there is no `push_in_progress` either
+    assert uploads == []
+
+
 def test_saving_with_push_to_hub_uploads_last(uploads, tmp_path):
     model, _ = wrapped()
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "notes.txt").write_text("not to be uploaded")
     model.save_pretrained(tmp_path / "agent", push_to_hub=True, commit_message="first")
     (upload,) = uploads
     assert upload["repo_id"] == "me/agent" and upload["commit_message"] == "first"
-    assert upload["files"] >= CRITIC
+    assert upload["files"] >= CRITIC and "notes.txt" not in upload["files"]
+    assert {file.name for file in (tmp_path / "agent").iterdir()} >= CRITIC
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])

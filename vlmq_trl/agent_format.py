@@ -17,11 +17,12 @@ Contents: `ParsedAction`, `Exchange`, `AgentFormat`, `PlainFormat` (the response
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -321,7 +322,10 @@ class CallableFormat(AgentFormat):
         system_prompt = self.base.system_prompt if self.system_prompt is None else self.system_prompt
         object.__setattr__(self, "history", history)
         object.__setattr__(self, "system_prompt", system_prompt)
-        object.__setattr__(self, "base", replace(self.base, history=history, system_prompt=system_prompt))
+        base = copy.copy(self.base)  # not `replace`: a user's format may have an `__init__` of its own
+        object.__setattr__(base, "history", history)
+        object.__setattr__(base, "system_prompt", system_prompt)
+        object.__setattr__(self, "base", base)
 
     def build_prompt(
         self, task: str, observation: Mapping[str, Any], history: Sequence[Exchange] = ()

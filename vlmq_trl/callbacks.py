@@ -125,6 +125,12 @@ class EnvEvaluationCallback(TrainerCallback):
                 parameter.copy_(self._best_weights[name])
         return self.best
 
+    @property
+    def satisfied(self) -> bool:
+        """Whether the last two evaluations reach `stop_at_success`."""
+        last = [record["success_rate"] for record in self.history[-2:]]
+        return self.stop_at_success is not None and bool(last) and min(last) >= self.stop_at_success
+
     # ---- events ----
 
     def on_train_begin(
@@ -140,7 +146,7 @@ class EnvEvaluationCallback(TrainerCallback):
         self._began, self._evaluating = time.perf_counter(), 0.0
         if "tensorboard" in args.report_to and state.is_world_process_zero:
             self._writer = SummaryWriter(str(_tensorboard_directory(args)))
-        if not self._restore(_checkpoint(args, state)):
+        if not self.restore(_checkpoint(args, state)):
             self._evaluate(args, state, kwargs)
 
     def on_step_end(
@@ -148,9 +154,7 @@ class EnvEvaluationCallback(TrainerCallback):
     ) -> None:
         if state.global_step % self.eval_steps == 0:
             self._evaluate(args, state, kwargs)
-            last = [record["success_rate"] for record in self.history[-2:]]
-            if self.stop_at_success is not None and min(last) >= self.stop_at_success:
-                control.should_training_stop = True
+            control.should_training_stop |= self.satisfied
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,12 +168,16 @@ class EnvEvaluationCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            (folder / RECORDS_NAME).write_text(json.dumps({"history": self.history, "best": self.best}) + "\n")
             if self.keep_best:
                 save_file(self._best_weights, folder / BEST_NAME)
+            # Last, and at once: where it is, the other is whole.
+            text = json.dumps({"history": self.history, "best": self.best}) + "\n"
+            (folder / f"{RECORDS_NAME}.part").write_text(text)
+            os.replace(folder / f"{RECORDS_NAME}.part", folder / RECORDS_NAME)
 
-    def _restore(self, folder: Path) -> bool:
-        """Goes on with what `on_save` wrote; False if there is nothing for this step."""
+    def restore(self, folder: str | os.PathLike) -> bool:
+        """Takes records and best weights from a checkpoint; False if it has none."""
+        folder = Path(folder)
         if not (folder / RECORDS_NAME).is_file() or (self.keep_best and not (folder / BEST_NAME).is_file()):
             return False
         records = json.loads((folder / RECORDS_NAME).read_text())

@@ -292,8 +292,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         self.pretrained_model.save_pretrained(save_directory, state_dict=own, **kwargs)
         if kwargs.get("is_main_process", True):
             self.save_critic(save_directory, critic_state)
-            if push:
-                _upload(save_directory, **{"repo_id": Path(save_directory).name, **hub_kwargs})
+        if push and kwargs.get("is_main_process", True):  # of a copy: the folder may hold other files
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs}, state_dict=state_dict, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Uploads what `save_pretrained` writes: a stock model (or PEFT adapter), and its critic.

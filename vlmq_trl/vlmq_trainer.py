@@ -540,7 +540,7 @@ class VLMQTrainer(SFTTrainer):
         """Adds what happened since the last log: tokens per second, advantages, values and their calibration."""
         pending = self._recorded["train" if self.model.training else "eval"]
         own = {name: torch.cat(parts).float().cpu() for name, parts in pending.items()}
-        ranks = gather_object([own])
+        ranks = gather_object([own]) if own else []  # no collective where a single rank logs something of its own
         recorded = {name: torch.cat([rank[name] for rank in ranks if name in rank]) for name in own}
         pending.clear()
         prefix = "" if self.model.training else "eval_"
@@ -586,9 +586,10 @@ class VLMQTrainer(SFTTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
-        args, busy = self.args, self.push_in_progress is not None and not self.push_in_progress.is_done()
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)

@@ -65,16 +65,18 @@ class NumberLine(TextActionEnv):
         self.current += self.current >= self.target  # uniform over the five other positions
         if options:
             # A number that is drawn gives way to one that is set, and stays uniform over the five others.
-            drawn = self.target, self.current
-            self.target = options.get("target", drawn[drawn[0] == options.get("current")])
-            self.current = options.get("current", drawn[drawn[1] != options.get("target")])
+            first, second = self.target, self.current
+            self.target = options.get("target", second if first == options.get("current") else first)
+            self.current = options.get("current", first if second == options.get("target") else second)
             if self.target == self.current or not all(
-                n in range(self.max_position + 1) for n in (self.target, self.current)
+                isinstance(n, (int, np.integer)) and not isinstance(n, bool) and 0 <= n <= self.max_position
+                for n in (self.target, self.current)
             ):
                 raise ValueError(
                     "NumberLine.reset: current and target must be two different whole numbers in "
                     f"0..{self.max_position}, not {self.current} and {self.target}"
                 )
+            self.target, self.current = int(self.target), int(self.current)
 
     def _play(self, action: str) -> tuple[float, bool]:
         before = abs(self.target - self.current)

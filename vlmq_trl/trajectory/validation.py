@@ -447,10 +447,10 @@ def validate_trajectories(
             "`terminated` if the limit belongs to the task.",
         )
     _fail(~no_final & ~is_last, "final_prompt", "set before the episode's last row; only the last row may have it.")
+    if "final_images" in ds.column_names:
+        _check_image_column(columns, "final_images", nullable=True)
     if "final_prompt" in ds.column_names and not no_final.all():
         final_images = "final_images" if "final_images" in ds.column_names else None
-        if final_images:
-            _check_image_column(columns, final_images, nullable=True)
         _check_prompts(columns, "final_prompt", final_images, no_final)
 
     # Optional columns.
