@@ -485,7 +485,7 @@ def train(
         callbacks=[evaluation, TrainingBar(method, evaluation)],
         peft_config=peft_config,
     )
-    check_space(args.output_dir, trainer.model, adapter_only=peft_config is not None)
+    check_space(args, trainer.model, adapter_only=peft_config is not None)
     # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -525,19 +525,25 @@ def trained_to_the_end(checkpoint: str, evaluation: EnvEvaluationCallback) -> bo
     return state.global_step >= state.max_steps or evaluation.satisfied
 
 
-def check_space(output_dir: str, model: torch.nn.Module, adapter_only: bool) -> None:
-    """Stops before training if the trained model would not fit on the disk afterwards.
+def check_space(args: VLMQConfig, model: torch.nn.Module, adapter_only: bool) -> None:
+    """Stops before training if the trained model, and its checkpoints on the way, would not fit on the disk.
+
+    A checkpoint holds the weights, Adam's two moments and the best weights; a new one is written before the old goes.
 
     Raises:
         OSError: says how much is free and how much is needed.
     """
-    os.makedirs(output_dir, exist_ok=True)
-    saved = [p for p in model.parameters() if p.requires_grad or not adapter_only]
-    needed, free = sum(p.numel() * p.element_size() for p in saved), shutil.disk_usage(output_dir).free
+    os.makedirs(args.output_dir, exist_ok=True)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = trained if adapter_only else sum(p.numel() * p.element_size() for p in model.parameters())
+    what = "the trained model takes"
+    if args.save_strategy != "no":
+        needed, what = needed + 2 * (needed + 3 * trained), "the trained model and its checkpoints take"
+    free = shutil.disk_usage(args.output_dir).free
     if free < needed:
         raise OSError(
-            f"{output_dir} has {free / 1e6:,.1f} MB free, and the trained model takes {needed / 1e6:,.1f} MB: free "
-            "some space or choose another `--output_dir`."
+            f"{args.output_dir} has {free / 1e6:,.1f} MB free, and {what} {needed / 1e6:,.1f} MB: free some space, "
+            "choose another `--output_dir`, or do without checkpoints (`--save_strategy no`)."
         )
 
 

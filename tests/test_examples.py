@@ -55,11 +55,16 @@ def flags(**arguments):
     return argv
 
 
-def test_a_full_disk_shows_before_training(model_name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gym_cards.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_a_full_disk_shows_before_training(save_strategy, model_name, tmp_path, monkeypatch):
+    """Room for the model is enough without checkpoints only."""
+    size = (Path(model_name) / "model.safetensors").stat().st_size
+    free = 1000 if save_strategy == "no" else 2 * size
+    monkeypatch.setattr(train_gym_cards.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     argv = flags(model_name_or_path=model_name, output_dir=tmp_path, method="vlmq", disable_tqdm=True, **SMALL)
-    with pytest.raises(OSError, match=r"0\.0 MB free, and the trained model takes .* choose another `--output_dir`"):
-        train_gym_cards.main(argv)
+    what = "the trained model takes" if save_strategy == "no" else "the trained model and its checkpoints take"
+    with pytest.raises(OSError, match=rf"MB free, and {what} .* choose another `--output_dir`"):
+        train_gym_cards.main([*argv, "--save_strategy", save_strategy])
     assert not list(tmp_path.glob("vlmq/*"))
 
 
