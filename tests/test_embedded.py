@@ -87,6 +87,24 @@ def test_a_model_that_does_not_read_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_reads_poorly_takes_another_course(tmp_path, monkeypatch):
+    """Half as long, and only until it reads well enough."""
+    marks, courses = iter([0.5, 0.96]), []
+    teach = embedded._teach
+
+    def watched(model, lessons, recipe, course, progress):
+        courses.append(course)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        teach(model, lessons, recipe, course, progress)
+        assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    monkeypatch.setattr(embedded, "_teach", watched)
+    monkeypatch.setattr(embedded, "_reading_accuracy", lambda model, exam: next(marks))
+    path = load_embedded_model(dataclasses.replace(SMALL, required_accuracy=0.95), tmp_path, progress=False)
+    assert courses == [0, 1]
+    assert json.loads(Path(path, "reading.json").read_text())["reading_accuracy"] == {"NumberLine": 0.96}
+
+
 @games
 def test_lessons_end_before_the_action(game, processor):
     """What is taught is everything up to the action: prompt masked, reading in the loss, action nowhere."""

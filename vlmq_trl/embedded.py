@@ -45,6 +45,7 @@ LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack"
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them.
 PLAYERS = dict.fromkeys(GAMES, ("expert", "flawed", "random")) | {"Points24": ("expert", "flawed")}
+EXTRA_COURSES = 2  # at most, for a model that does not read well enough after the first
 IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>"
@@ -155,13 +156,17 @@ def build_embedded_model(
         model.to("cuda" if devices else "cpu")
         assert recipe.states is not None  # filled in when the recipe was made
         lessons = [_Lesson.collect(game, recipe.states, recipe.seed + 1, processor, progress) for game in recipe.games]
-        _teach(model, lessons, recipe, progress)
         # Seeds that the lessons never saw.
         exams = [
             _Lesson.collect(game, 300, recipe.seed + 1_000_003, processor, progress=False) for game in recipe.games
         ]
-        accuracy = {game: _reading_accuracy(model, exam) for game, exam in zip(recipe.games, exams, strict=True)}
-    poor = {game: a for game, a in accuracy.items() if a < recipe.required_accuracy}
+        # Roundings differ between processors, and with them a little of what a course teaches: it may take another.
+        for course in range(1 + EXTRA_COURSES):
+            _teach(model, lessons, recipe, course, progress)
+            accuracy = {game: _reading_accuracy(model, exam) for game, exam in zip(recipe.games, exams, strict=True)}
+            poor = {game: a for game, a in accuracy.items() if a < recipe.required_accuracy}
+            if not poor:
+                break
     if poor:
         raise ReadingError(
             f"The embedded model reads {poor} of fresh states right, {recipe.required_accuracy} is required: raise "
@@ -325,16 +330,19 @@ class _Lesson:
         return {k: v.to(device) for k, v in batch.items()}
 
 
-def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, progress: bool) -> None:
-    """One-cycle AdamW on the readings; one game a step, in turn."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: int, progress: bool) -> None:
+    """One-cycle AdamW on the readings; one game a step, in turn. Extra courses have half the steps, half the rate."""
+    steps = recipe.num_steps if course == 0 else -(-recipe.num_steps // 2)
+    peak = recipe.learning_rate if course == 0 else recipe.learning_rate / 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.num_steps)) + 1e-3,
+        lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3,
     )
-    rng = np.random.default_rng(recipe.seed)
+    rng = np.random.default_rng(recipe.seed if course == 0 else (recipe.seed, course))
     model.train()
-    bar = tqdm(range(recipe.num_steps), desc="Teaching the embedded model to read", unit="step", disable=not progress)
+    desc = "Teaching the embedded model to read" + (f", extra course {course}" if course else "")
+    bar = tqdm(range(steps), desc=desc, unit="step", disable=not progress)
     for step in bar:
         lesson = lessons[step % len(lessons)]
         rows = rng.integers(len(lesson.reading_ids), size=recipe.batch_size)
