@@ -1,0 +1,912 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A replay buffer on disk: an offline part that stays, and online episodes that come in and, over capacity, go.
+
+```
+folder/
+  manifest.json                 what is committed; replaced as a whole by every commit
+  lock                          held by the one process that writes
+  shards/<first>-<end>.arrow    turns, with the columns and types of `trajectory_features`; written once
+  images/ab/<sha256>.png        each distinct picture once; shards name it by its path below the folder
+```
+
+A commit writes pictures, then one shard, then the manifest, each flushed to the disk before the next, so that the
+folder holds the last commit whole whenever the process is killed (and, on a journalling file system, whenever power
+fails). What an interrupted commit leaves behind is removed by the next opening for writing. Small shards are merged
+into larger ones on the way (`_mergeable`), so that there are not many, however often one commits.
+
+Reading goes through memory-mapped shards. In memory are 22 bytes a turn and, when writing, the episodes' ids and a
+count for each picture.
+
+Contents: `ReplayBuffer`, `load_replay`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import weakref
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+from .trajectory import Episode, EpisodeIndex, TrajectoryError, flatten_content, trajectory_features
+from .trajectory.episodes import _encodable, _episode_rows, _PngCache, _structured
+
+FORMAT = 1
+LARGEST_SHARD = 2**26  # bytes; no merge makes a larger one
+OFFLINE_BATCH = 1024  # rows of the offline part in memory at once while it is copied in
+PICTURE_CACHE = 128  # decoded pictures that `read` keeps at hand
+WRITERS = 16  # threads that write pictures: their flushes to the disk are waited for together
+
+READ_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
+IMAGE_COLUMNS = ("images", "final_images")
+ABSENT = {"action": "", "valid": True, "env_id": "", "seed": -1}  # as in `Turn` and `Episode`; other columns: null
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+Part = Literal["all", "online", "offline"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is committed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The contents of manifest.json. Row ids count the offline rows, then all online rows that there ever were."""
+
+    with_images: bool
+    num_offline: int = 0
+    fingerprint: str | None = None  # of the offline part's source
+    start: int = 0  # first online row that has not been evicted
+    end: int = 0  # one past the newest row
+    shards: tuple[tuple[str, int, int], ...] = ()  # file, id of its first row, rows; in the order of their rows
+    rounds: dict[int, tuple[int, bool]] = field(default_factory=dict)  # -> (one past its newest row, complete)
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        rounds = {str(number): list(end) for number, end in self.rounds.items()}
+        return {"format": FORMAT, **asdict(self), "shards": list(map(list, self.shards)), "rounds": rounds}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: Path) -> _Manifest:
+        if values.pop("format", None) != FORMAT:
+            raise ValueError(f"{where} was written by another version of vlmq_trl; open it with that one.")
+        values["shards"] = tuple((name, first, rows) for name, first, rows in values["shards"])
+        values["rounds"] = {int(k): (end, complete) for k, (end, complete) in values["rounds"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A memory-mapped file of whole episodes."""
+
+    name: str
+    first: int  # row id
+    batches: list[pa.RecordBatch]
+
+    @property
+    def end(self) -> int:
+        return self.first + sum(map(len, self.batches))
+
+
+@dataclass(frozen=True)
+class _State:
+    """One commit as readers see it. A commit makes a new state and swaps it in; for the holder of one nothing changes.
+
+    What a commit evicts stays in its state, and the pictures on the disk, until the next commit.
+    """
+
+    manifest: _Manifest
+    shards: tuple[_Shard, ...]
+    readable: int  # first online row in `shards` that had not been evicted before this commit
+    columns: dict[str, np.ndarray]  # of the offline rows, then the online rows from `first_online` on; maybe longer
+    first_online: int
+
+    @cached_property
+    def batches(self) -> tuple[list[int], list[pa.RecordBatch]]:
+        """The first row of each batch, and the batches."""
+        batches = [batch for shard in self.shards for batch in shard.batches]
+        firsts = [shard.first + int(n) for shard in self.shards for n in np.cumsum([0, *map(len, shard.batches)])[:-1]]
+        return firsts, batches
+
+    def slices(self, low: int, high: int) -> Iterator[pa.RecordBatch]:
+        """The rows low..high - 1, in order and without a copy."""
+        firsts, batches = self.batches
+        for k in range(max(bisect_right(firsts, low) - 1, 0), bisect_left(firsts, high)):
+            begin, stop = max(low - firsts[k], 0), min(high - firsts[k], len(batches[k]))
+            if begin < stop:
+                yield batches[k].slice(begin, stop - begin)
+
+    def position(self, rows: Any) -> np.ndarray:
+        """Where rows stand in `columns`."""
+        rows, m = np.asarray(rows, dtype=np.int64), self.manifest
+        self.check(rows, self.first_online)
+        return np.where(rows < m.num_offline, rows, rows - self.first_online + m.num_offline)
+
+    def check(self, rows: np.ndarray, first_online: int) -> None:
+        m = self.manifest
+        bad = (rows < 0) | (rows >= m.end) | ((rows >= m.num_offline) & (rows < first_online))
+        if bad.any():
+            raise LookupError(_gone(int(rows[bad].flat[0]), m))
+
+    def start(self, end: int, capacity: int | None) -> int:
+        """First row of the online window that ends at `end`, the end of an episode."""
+        oldest = min(self.manifest.start, end)
+        if capacity is None or end - oldest <= capacity:
+            return oldest
+        turn, left = self.columns["turn"], self.columns["left"]
+        row = end - capacity
+        at = self.position(row)
+        row += int(left[at]) + 1 if turn[at] else 0
+        return row if row < end else end - 1 - int(turn[self.position(end - 1)])
+
+
+def _gone(row: int, m: _Manifest) -> str:
+    return (
+        f"Row {row} is not in the replay buffer, which holds rows 0..{m.num_offline - 1} offline and "
+        f"{m.start}..{m.end - 1} online. Older rows are evicted: sample again, or raise `capacity`."
+    )
+
+
+def _mergeable(shards: Sequence[_Shard], new: pa.RecordBatch, most: float) -> int:
+    """How many of the last shards should become one with the new rows, of at most `most` rows.
+
+    Those that are no larger than what they are merged with, as in a binary counter: n commits make about log2(n)
+    shards, and each row is rewritten about log2(n) times.
+
+    Example: after commits of one turn each there are shards of 1; 2; 2, 1; 4; 4, 1; 4, 2; 4, 2, 1; 8 turns.
+    """
+    count, rows, size = 0, len(new), new.nbytes
+    for shard in reversed(shards):
+        more = shard.end - shard.first
+        size += sum(batch.nbytes for batch in shard.batches)
+        if more > rows or rows + more > most or size > LARGEST_SHARD:
+            break
+        count, rows = count + 1, rows + more
+    return count
+
+
+def _pictures_of(batches: Iterable[pa.RecordBatch]) -> Counter[str]:
+    """How often rows refer to each picture."""
+    found: Counter[str] = Counter()
+    for batch in batches:
+        for name in set(IMAGE_COLUMNS) & set(batch.schema.names):
+            counts = pc.struct_field(batch.column(name).flatten(), "path").value_counts()
+            found.update(dict(zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True)))
+    return found
+
+
+def _ids_of(batches: Iterable[pa.RecordBatch]) -> set[str]:
+    return {name for batch in batches for name in batch.column("episode_id").unique().to_pylist()}
+
+
+def _columns_of(batches: Sequence[pa.RecordBatch], gamma: float) -> dict[str, np.ndarray]:
+    """The scalars of whole episodes, `left` turns after each (0 at an episode's end) and the discounted return."""
+
+    def column(name: str, kind: type) -> np.ndarray:
+        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
+        return np.concatenate(parts).astype(kind) if parts else np.zeros(0, kind)
+
+    turn, reward = column("turn", np.int32), column("reward", np.float64)
+    first = np.flatnonzero(turn == 0)
+    length = np.diff(np.append(first, len(turn)))
+    left = (np.repeat(first + length - 1, length) - np.arange(len(turn))).astype(np.int32)
+    # G_k = r_k + gamma * G_{k+1}, for all episodes at once from their ends.
+    return_to_go, order = reward.copy(), np.argsort(left, kind="stable")
+    bounds = np.cumsum(np.bincount(left, minlength=1))
+    for low, high in pairwise(bounds):
+        return_to_go[order[low:high]] += gamma * return_to_go[order[low:high] + 1]
+    return {
+        "turn": turn,
+        "left": left,
+        "reward": reward.astype(np.float32),
+        "terminated": column("terminated", bool),
+        "truncated": column("truncated", bool),
+        "return_to_go": return_to_go,
+    }
+
+
+def _absolute(batch: pa.RecordBatch, folder: Path) -> pa.RecordBatch:
+    """The rows with their pictures' paths as they are in the folder's present place; the rest is not copied."""
+    for name in set(IMAGE_COLUMNS) & set(batch.schema.names):
+        lists = batch.column(name)
+        stored = lists.values
+        paths = pc.binary_join_element_wise(f"{folder}/", stored.field("path"), "")
+        images = pa.StructArray.from_arrays([stored.field("bytes"), paths], fields=list(stored.type))
+        at = batch.schema.get_field_index(name)
+        lists = pa.Array.from_buffers(
+            lists.type, len(lists), lists.buffers()[:2], offset=lists.offset, children=[images]
+        )
+        batch = batch.set_column(at, batch.schema.field(at), lists)
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Writes aside, flushes to the disk and renames: `path` has its old contents or the new ones, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _serialized(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _open_shard(path: Path, first: int) -> _Shard:
+    with pa.memory_map(str(path)) as source:  # the mapping lives as long as the batches, the file handle does not
+        batches = list(pa.ipc.open_stream(source))
+    return _Shard(path.name, first, batches)
+
+
+def _close(file: weakref.ref[IO[str]]) -> None:
+    held = file()
+    if held is not None:
+        held.close()
+
+
+def _take_lock(folder: Path) -> IO[str]:
+    """The lock file, locked until it is closed or the process ends, however it ends."""
+    import fcntl  # not on Windows, where the rest of the package works
+
+    file = (folder / "lock").open("a+", encoding="utf-8")
+    # A forked child would hold the lock as well, and beyond its parent's end.
+    os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise RuntimeError(
+            f"The replay buffer {folder} is being written by another process or object ({owner}): one writer at a "
+            "time. End it, use another folder, or open with read_only=True."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The offline part
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(dataset: datasets.Dataset, index: EpisodeIndex) -> str:
+    """Of all episode ids, rewards and ends, and the texts of 64 rows: enough to tell datasets apart in a second."""
+    digest = hashlib.sha256(json.dumps([len(dataset), index.episode_ids.tolist()]).encode())
+    for values in (index.length, index.reward.astype(np.float32), index.terminated, index.truncated):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))
+    texts = dataset.select_columns(["prompt", "completion"]).with_format(None)[rows]
+    digest.update(json.dumps(texts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _conformed(
+    table: pa.Table, schema: pa.Schema, png: _PngCache, first_row: int
+) -> tuple[pa.RecordBatch, dict[str, bytes]]:
+    """Rows of any valid trajectory dataset as `schema` has them, and the pictures that they show."""
+    pictures: dict[str, bytes] = {}
+    images: dict[str, list] = {}
+    for name in IMAGE_COLUMNS:
+        lists = table[name].to_pylist() if name in table.column_names else [None] * len(table)
+        images[name] = [
+            given and [_stored(_as_png(image, png, first_row + k, name), pictures) for image in given]
+            for k, given in enumerate(lists)
+        ]
+    if "images" not in table.column_names:
+        images["images"] = [[]] * len(table)
+
+    def column(name: str, kind: pa.DataType) -> Any:
+        if name in IMAGE_COLUMNS:
+            return images[name]
+        if name not in table.column_names:
+            return [ABSENT.get(name)] * len(table)
+        values = table[name].combine_chunks()
+        if values.type == kind or not pa.types.is_list(kind):
+            return values.cast(kind, safe=False)
+        if name not in ("prompt", "final_prompt"):
+            return values.to_pylist()
+        if "images" not in schema.names:
+            return [messages and flatten_content(messages) for messages in values.to_pylist()]
+        shown = images["images" if name == "prompt" else "final_images"]
+        return [m and _structured(m, len(given or ())) for m, given in zip(values.to_pylist(), shown, strict=True)]
+
+    columns = [column(one.name, one.type) for one in schema]
+    arrays = [pa.array(c, one.type) if isinstance(c, list) else c for c, one in zip(columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema), pictures
+
+
+def _stored(png: bytes, pictures: dict[str, bytes]) -> dict[str, Any]:
+    """An image as rows hold it, by its path below the folder; its bytes go to `pictures`."""
+    digest = hashlib.sha256(png).hexdigest()
+    path = f"images/{digest[:2]}/{digest}.png"
+    pictures[path] = png
+    return {"bytes": None, "path": path}
+
+
+def _as_png(image: dict[str, Any], png: _PngCache, row: int, column: str) -> bytes:
+    """The bytes of an image of a dataset: a PNG's own, others' pixels as PNG."""
+    data = image["bytes"]
+    if data is None and os.path.isfile(image["path"]):
+        data = Path(image["path"]).read_bytes()
+    if data is not None and data.startswith(PNG_SIGNATURE):
+        return data
+    return png(datasets.Image().decode_example(image), row=row, column=column)["bytes"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The buffer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Lookup:
+    """A number of each committed row, by row id: `buffer.reward[rows]` for one row or an array of them."""
+
+    def __init__(self, buffer: ReplayBuffer, name: str):
+        self.buffer, self.name = buffer, name
+
+    def __getitem__(self, rows: Any) -> Any:
+        state = self.buffer._state
+        return state.columns[self.name][state.position(rows)]
+
+
+class ReplayBuffer:
+    """Turns on disk: an offline part, and the newest online episodes, up to `capacity` turns of them.
+
+    Rows have ids that never change: 0..num_offline - 1, then the online rows in order of appending, also after older
+    ones were evicted. Only committed rows count. What a commit evicts can be read until the commit after it, so that a
+    batch that was sampled just before still loads.
+
+    One thread may write while others read. A process that was forked off, such as a data loader's worker, may read.
+
+    Args:
+        folder: opened, or made if there is none.
+        capacity: online turns to keep, at least the newest episode; None for all. The offline part is kept always.
+        gamma: discount of `return_to_go`.
+        with_images: whether the rows have image columns; None for what the folder has, with images if it is new.
+        read_only: open what another process may be writing, as it stands now; takes no lock and writes nothing. The
+            pictures of what the writer evicts go.
+
+    Raises:
+        RuntimeError: another process (or another object of this one) has opened the folder for writing.
+        FileNotFoundError: nothing to read. FileExistsError: the folder holds something else.
+        ValueError: bad arguments; `with_images` is not what the folder has.
+    """
+
+    _state: _State  # what is committed
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        capacity: int | None = None,
+        gamma: float = 1.0,
+        with_images: bool | None = None,
+        read_only: bool = False,
+    ):
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1 turn, or None for no limit, got {capacity}.")
+        self.folder = Path(folder).absolute()
+        self.capacity, self.gamma, self.read_only = capacity, gamma, read_only
+        self._lock: IO[str] | None = None
+        if read_only and not (self.folder / "manifest.json").is_file():
+            raise FileNotFoundError(f"No replay buffer at {self.folder}: it has no manifest.json.")
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self.folder)
+        # For the writer. Pending: one batch an episode, the pictures that they show, the end of each round.
+        self._pending: list[pa.RecordBatch] = []
+        self.pending_turns = 0  # appended and not committed
+        self._pending_pictures: dict[str, bytes] = {}
+        self._pending_rounds: dict[int, int] = {}
+        self._ids: set[str] = set()  # of live and of pending episodes
+        self._references: Counter[str] = Counter()  # picture -> how often live rows refer to it
+        self._unused: set[str] = set()  # pictures that the last commit ceased to refer to
+        self._png = _PngCache()
+        self._picture = lru_cache(PICTURE_CACHE)(self._decoded)
+        try:
+            if not read_only:
+                self._make(True if with_images is None else with_images)
+            self._open()
+            if with_images is not None and with_images != self.with_images:
+                raise ValueError(
+                    f"{self.folder} holds turns {'with' if self.with_images else 'without'} images, but with_images="
+                    f"{with_images}: use another folder, or with_images={self.with_images}."
+                )
+        except BaseException:
+            self.close()
+            raise
+        self._schema = trajectory_features(self.with_images).arrow_schema
+        self.turn, self.reward = _Lookup(self, "turn"), _Lookup(self, "reward")
+        self.terminated, self.truncated = _Lookup(self, "terminated"), _Lookup(self, "truncated")
+        self.return_to_go = _Lookup(self, "return_to_go")  # float64; nothing is bootstrapped after an episode's end
+
+    def __enter__(self) -> ReplayBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another writer in. What is pending is dropped; what was read stays valid."""
+        if self._lock is not None and not self._lock.closed:
+            self._delete(self._unused - self._references.keys())
+            self._lock.close()
+        self._lock = None
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Live turns, offline and online."""
+        return self.num_offline + self.num_online
+
+    @property
+    def with_images(self) -> bool:
+        return self._state.manifest.with_images
+
+    @property
+    def num_offline(self) -> int:
+        """Offline turns."""
+        return self._state.manifest.num_offline
+
+    @property
+    def num_online(self) -> int:
+        """Live online turns."""
+        return self.end - self.start()
+
+    @property
+    def num_episodes(self) -> int:
+        """Live episodes, offline and online."""
+        state = self._state
+        rows = np.r_[0 : state.manifest.num_offline, self.start() : state.manifest.end]
+        return int(np.count_nonzero(state.columns["turn"][state.position(rows)] == 0))
+
+    @property
+    def end(self) -> int:
+        """One past the newest row id."""
+        return self._state.manifest.end
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._state.manifest.counters)
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says, for a checkpoint's copy."""
+        return self._state.manifest.as_json()
+
+    def start(self, end: int | None = None) -> int:
+        """First row id of the online window that ends at row id `end` (by default the newest): whole episodes, at most
+        `capacity` turns but at least the newest episode, and nothing that has been evicted.
+
+        Raises:
+            ValueError: no episode ends at `end`.
+        """
+        return self._window(self._state, end)[0]
+
+    def _window(self, state: _State, end: int | None) -> tuple[int, int]:
+        m = state.manifest
+        end = m.end if end is None else int(end)
+        if not m.num_offline <= end <= m.end or (m.start < end and state.columns["left"][state.position(end - 1)]):
+            raise ValueError(
+                f"No online window ends at row {end}: give an episode's end in {m.num_offline}..{m.end}, such as "
+                "`round_end` does."
+            )
+        return state.start(end, self.capacity), end
+
+    def round_end(self, round: int) -> tuple[int, bool] | None:
+        """(one past the newest committed row id of that round, whether the round is complete); None: nothing of it."""
+        return self._state.manifest.rounds.get(round)
+
+    def is_online(self, rows: Any) -> np.ndarray:
+        """[R] bool."""
+        return np.asarray(rows) >= self.num_offline
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        rng: np.random.Generator,
+        turns: int,
+        segment_length: int,
+        online_fraction: float,
+        end: int | None = None,
+    ) -> np.ndarray:
+        """[turns] row ids: segments of at most `segment_length` consecutive turns of one episode, one after the other.
+
+        `turns * online_fraction` of them, rounded at random, are from the online window that ends at `end`, the others
+        offline; a part that is empty leaves its share to the other. Every turn of a part is equally likely. The time
+        does not depend on how many rows there are.
+
+        Raises:
+            ValueError: bad arguments, or nothing to sample from.
+        """
+        if turns < 1 or segment_length < 1 or not 0.0 <= online_fraction <= 1.0:
+            raise ValueError(
+                "turns and segment_length must be at least 1 and online_fraction in [0, 1], got "
+                f"{turns}, {segment_length} and {online_fraction}."
+            )
+        state = self._state
+        (start, end), offline = self._window(state, end), state.manifest.num_offline
+        if start == end and not offline:
+            raise ValueError("The replay buffer is empty: add offline data, or append episodes and commit.")
+        share = turns * (1.0 if not offline else 0.0 if start == end else online_fraction)
+        online = math.floor(share) + int(rng.random() < share - math.floor(share))
+        parts = [(0, offline, turns - online), (start, end, online)]
+        segments = np.concatenate([_segments(state, rng, *part, segment_length) for part in parts])
+        first, size = rng.permutation(segments).T
+        return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(turns)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """What was seen and said in these rows: the columns `prompt`, `images`, `completion`, `final_prompt`,
+        `final_images` and `behavior_logprobs`, as `datasets` gives them, images decoded.
+
+        Raises:
+            LookupError: a row that is not there (any more).
+        """
+        state, rows = self._state, np.asarray(rows, dtype=np.int64)
+        state.check(rows, state.readable)
+        names = [name for name in READ_COLUMNS if name in self._schema.names]
+        records: list[dict[str, Any]] = []
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
+            for batch in state.slices(int(run[0]), int(run[-1]) + 1):
+                columns = [batch.column(name).to_pylist() for name in names]
+                records += [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        for row, record in zip(rows.tolist(), records, strict=True):
+            for name in set(IMAGE_COLUMNS) & set(names):
+                try:
+                    record[name] = record[name] and [self._picture(image["path"]).copy() for image in record[name]]
+                except FileNotFoundError as error:  # deleted since the check, by another commit
+                    raise LookupError(_gone(row, self._state.manifest)) from error
+        return records
+
+    def _decoded(self, path: str) -> PIL.Image.Image:
+        return datasets.Image().decode_example({"bytes": None, "path": f"{self.folder}/{path}"})
+
+    def dataset(self, part: Part = "all") -> datasets.Dataset:
+        """The live rows as an ordinary trajectory dataset over the memory-mapped shards and the image files.
+
+        It stands for the buffer as it is now. Rows that are evicted later stay in it, but not their image files: what
+        is to outlive the buffer goes through `save_trajectories`, which takes the images along.
+        """
+        if part not in ("all", "online", "offline"):
+            raise ValueError(f"part must be 'all', 'online' or 'offline', got {part!r}.")
+        state = self._state
+        m, (start, end) = state.manifest, self._window(state, None)
+        windows = {
+            "all": [(0, m.num_offline), (start, end)],
+            "offline": [(0, m.num_offline)],
+            "online": [(start, end)],
+        }
+        batches = [_absolute(batch, self.folder) for window in windows[part] for batch in state.slices(*window)]
+        table = pa.Table.from_batches(batches, schema=self._schema)
+        content = json.dumps([str(self.folder), part, m.shards, start, end])
+        return datasets.Dataset(table, fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16])
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def append(self, episode: Episode, *, round: int) -> None:
+        """Takes an episode in, pending until `commit`.
+
+        Raises:
+            TrajectoryError: a bad episode, naming it, the turn (as `row`), the column and what to do. The buffer is
+                as it was.
+        """
+        self._check_writable()
+        name = _encodable(episode.episode_id, row=0, column="episode_id")
+        pictures: dict[str, bytes] = {}
+        try:
+            if name in self._ids:
+                raise TrajectoryError("this episode_id is there already; ids must be unique.", column="episode_id")
+            if episode.truncated and not episode.terminated and episode.final_prompt is None:
+                raise TrajectoryError(
+                    "a truncated episode needs the observation after its last turn, to bootstrap from.",
+                    row=len(episode.turns) - 1,
+                    column="final_prompt",
+                )
+            rows = list(_episode_rows(episode, 0, self.with_images, self._png))
+            for k, row in enumerate(rows):
+                if not all(value <= 1e-3 and math.isfinite(value) for value in row["behavior_logprobs"] or ()):
+                    raise TrajectoryError(
+                        "a log-probability is not finite or positive; record natural logarithms, or None.",
+                        row=k,
+                        column="behavior_logprobs",
+                    )
+        except TrajectoryError as error:
+            named = TrajectoryError(f"episode {name!r}, {error}")
+            named.row, named.column = error.row, error.column
+            raise named from None
+        for row in rows:
+            for column in set(IMAGE_COLUMNS) & set(row):
+                images = row[column]
+                row[column] = images and [_stored(image["bytes"], pictures) for image in images]
+        self._pending.append(pa.RecordBatch.from_pylist(rows, schema=self._schema))
+        self.pending_turns += len(rows)
+        self._pending_pictures.update(pictures)
+        self._pending_rounds[round] = self.end + self.pending_turns
+        self._ids.add(name)
+
+    def commit(self, counters: Mapping[str, int] | None = None, *, end_round: int | None = None) -> None:
+        """Makes what is pending part of the buffer, durably and as a whole, and evicts what is over capacity.
+
+        Args:
+            counters: kept in the manifest; they replace earlier ones of the same names.
+            end_round: mark this round complete.
+
+        Raises:
+            OSError: the disk is full, or broken. The last commit is whole and what is pending is still in memory, so
+                that `commit` can be called again.
+        """
+        self._check_writable()
+        m = self._state.manifest
+        rounds = dict(m.rounds)
+        for number, end in self._pending_rounds.items():
+            rounds[number] = (end, rounds.get(number, (end, False))[1])
+        if end_round is not None:
+            rounds[end_round] = (rounds.get(end_round, (m.end, False))[0], True)
+        changed = replace(
+            m, end=m.end + self.pending_turns, rounds=rounds, counters={**m.counters, **(counters or {})}
+        )
+        if changed == m:
+            return
+        pictures = {path: png for path, png in self._pending_pictures.items() if path not in self._references}
+        size = sum(map(len, pictures.values())) + sum(batch.nbytes for batch in self._pending)
+        with self._explaining_a_full_disk(size):
+            self._write_pictures(pictures)
+            self._commit(changed, pa.concat_batches(self._pending) if self._pending else None)
+        self._pending, self._pending_pictures, self._pending_rounds, self.pending_turns = [], {}, {}, 0
+
+    def add_offline(self, dataset: datasets.Dataset, index: EpisodeIndex) -> None:
+        """Copies a validated trajectory dataset in, as rows 0, 1, 2, ..., and commits. It may be larger than memory.
+
+        Columns that it lacks are filled as `Turn` and `Episode` are, columns that a trajectory dataset has not are
+        left out. If the offline part is this dataset already, nothing is done.
+
+        Args:
+            index: what `validate_trajectories(dataset)` returned.
+
+        Raises:
+            ValueError: another offline part is there, or online episodes are; images for a buffer without.
+        """
+        self._check_writable()
+        m = self._state.manifest
+        if len(dataset) != index.num_rows:
+            raise ValueError(f"The index is of {index.num_rows} rows, the dataset has {len(dataset)}: validate it.")
+        fingerprint = _fingerprint(dataset, index)
+        if m.num_offline and m.fingerprint == fingerprint:
+            return
+        if m.num_offline or m.end or self._pending:
+            what = "another offline dataset" if m.num_offline else "online episodes, and the offline part comes first"
+            raise ValueError(f"{self.folder} already holds {what}: use the same dataset as before, or a new folder.")
+        if not self.with_images and "images" in dataset.column_names:
+            raise ValueError(f"The dataset has images, {self.folder} holds turns without: open a new folder.")
+        path = self._shard_path(0, len(dataset))
+        with self._explaining_a_full_disk(dataset.data.nbytes):
+            known: set[str] = set()
+            with path.open("wb") as file, pa.ipc.new_stream(file, self._schema) as writer:
+                with tqdm(total=len(dataset), desc="copying offline data", unit="turn", delay=3) as bar:
+                    for table in dataset.with_format("arrow").iter(OFFLINE_BATCH):
+                        batch, pictures = _conformed(table, self._schema, self._png, bar.n)
+                        self._write_pictures({path: pictures[path] for path in pictures.keys() - known})
+                        known |= pictures.keys()
+                        writer.write_batch(batch)
+                        bar.update(len(table))
+            _flush(path)
+            _flush(path.parent)
+            rows = len(dataset)
+            shards = ((path.name, 0, rows),)
+            self._write_manifest(
+                replace(m, num_offline=rows, fingerprint=fingerprint, start=rows, end=rows, shards=shards)
+            )
+        self._open()
+
+    def _commit(self, m: _Manifest, new: pa.RecordBatch | None) -> None:
+        """Commits new rows and the manifest `m`, whose `start` and `shards` are still the last commit's."""
+        old = self._state
+        columns, first_online = old.columns, old.first_online
+        shards = [shard for shard in old.shards if shard.first < m.num_offline or shard.end > m.start]
+        if new is not None:
+            online = [shard for shard in shards if shard.first >= m.num_offline]
+            count = _mergeable(online, new, math.inf if self.capacity is None else self.capacity / 8)
+            first = max(online[-count].first, m.start) if count else old.manifest.end
+            path = self._shard_path(first, m.end)
+            _write_file(path, _serialized(pa.concat_batches([*old.slices(first, old.manifest.end), new])))
+            _flush(path.parent)
+            shards = [*shards[: len(shards) - count], _open_shard(path, first)]
+            columns, first_online = self._extended(new)
+        state = _State(m, tuple(shards), m.start, columns, first_online)
+        start = state.start(m.end, self.capacity)
+        live = [(s.name, s.first, s.end - s.first) for s in shards if s.first < m.num_offline or s.end > start]
+        state = replace(state, manifest=replace(m, start=start, shards=tuple(live)))
+        self._write_manifest(state.manifest)
+
+        self._state = state
+        self._references.update(_pictures_of(state.slices(old.manifest.end, m.end)))
+        evicted = list(state.slices(m.start, start))
+        self._ids -= _ids_of(evicted)
+        unused = set()
+        for picture, count in _pictures_of(evicted).items():
+            self._references[picture] -= count
+            if not self._references[picture]:
+                del self._references[picture]
+                unused.add(picture)
+        self._delete(f"shards/{name}" for name in {s[0] for s in m.shards} - {s[0] for s in live})
+        self._delete(self._unused - self._references.keys())
+        self._unused = unused
+
+    def _extended(self, new: pa.RecordBatch) -> tuple[dict[str, np.ndarray], int]:
+        """The columns with new rows at their end, and the first online row in them."""
+        m, columns, first_online = self._state.manifest, self._state.columns, self._state.first_online
+        used = m.num_offline + m.end - first_online
+        added = _columns_of([new], self.gamma)
+        if used + len(new) > len(columns["turn"]):  # longer arrays, without the rows that are gone
+            kept = np.r_[0 : m.num_offline, used - (m.end - m.start) : used]
+            used, first_online = len(kept), m.start
+            space = np.zeros(used // 2 + len(new) + 1024, dtype=np.int8)
+            columns = {name: np.append(values[kept], space.astype(values.dtype)) for name, values in columns.items()}
+        for name, values in added.items():
+            columns[name][used : used + len(new)] = values
+        return columns, first_online
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _check_writable(self) -> None:
+        if self._lock is None or self._lock.closed:
+            why = "opened read-only" if self.read_only else "closed" if self._lock is None else "opened by the parent"
+            raise RuntimeError(f"The replay buffer {self.folder} was {why}: open it for writing, here.")
+
+    def _make(self, with_images: bool) -> None:
+        """An empty buffer, if there is none."""
+        if not (self.folder / "manifest.json").exists():
+            others = {path.name for path in self.folder.iterdir()} - {"lock", "manifest.json.part"}
+            if others:
+                raise FileExistsError(
+                    f"{self.folder} has no manifest.json but holds {sorted(others)[0]}: give the replay buffer a "
+                    "folder of its own."
+                )
+            self._write_manifest(_Manifest(with_images))
+
+    def _open(self) -> None:
+        """Reads what is committed; a writer counts what refers to each picture, and removes what nothing refers to."""
+        self._state = state = self._load()
+        if self._lock is not None:
+            m = state.manifest
+            live = [*state.slices(0, m.num_offline), *state.slices(m.start, m.end)]
+            self._ids, self._references = _ids_of(live), _pictures_of(live)
+            self._sweep()
+
+    def _load(self) -> _State:
+        path, seen = self.folder / "manifest.json", ""
+        while True:
+            text = path.read_text(encoding="utf-8")
+            m = _Manifest.from_json(json.loads(text), path)
+            try:
+                shards = tuple(_open_shard(self.folder / "shards" / name, first) for name, first, _ in m.shards)
+                break
+            except FileNotFoundError:
+                if text == seen:
+                    raise
+                seen = text  # a writer has gone on in the meantime: look again
+        first = next((shard.first for shard in shards if shard.first >= m.num_offline), m.start)
+        columns = _columns_of([batch for shard in shards for batch in shard.batches], self.gamma)
+        return _State(m, shards, m.start, columns, first)
+
+    def _shard_path(self, first: int, end: int) -> Path:
+        """Where the rows first..end - 1 go. No two commits' shards have a name in common, those of retries may."""
+        (self.folder / "shards").mkdir(exist_ok=True)
+        return self.folder / "shards" / f"{first:012d}-{end:012d}.arrow"
+
+    def _write_manifest(self, manifest: _Manifest) -> None:
+        _write_file(self.folder / "manifest.json", json.dumps(manifest.as_json()).encode())
+        _flush(self.folder)
+
+    def _write_pictures(self, pictures: Mapping[str, bytes]) -> None:
+        for folder in {os.path.dirname(path) for path in pictures}:
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(lambda path: _write_file(self.folder / path, pictures[path]), pictures))
+
+    def _delete(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            (self.folder / path).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Removes what an interrupted commit has left."""
+        known = {f"shards/{name}" for name, _, _ in self._state.manifest.shards}
+        shards = [f"shards/{path.name}" for path in (self.folder / "shards").glob("*")]
+        self._delete(path for path in shards if path not in known)
+        for folder in (self.folder / "images").glob("*"):
+            paths = [f"images/{folder.name}/{name}" for name in os.listdir(folder)]
+            self._delete(path for path in paths if path not in self._references)
+        self._delete(["manifest.json.part"])
+
+    @contextmanager
+    def _explaining_a_full_disk(self, size: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno,
+                f"the disk is full: {self.folder} needs {size / 1e6:,.1f} MB more and has "
+                f"{shutil.disk_usage(self.folder).free / 1e6:,.1f} MB. Nothing that was committed is lost, and "
+                f"{self.pending_turns} pending turns are in memory: make room (or lower `capacity`) and call again.",
+            ) from error
+
+
+def _segments(
+    state: _State, rng: np.random.Generator, low: int, high: int, turns: int, segment_length: int
+) -> np.ndarray:
+    """[S, 2] first row and number of turns of segments from rows low..high - 1, `turns` turns together.
+
+    An episode is cut into blocks of n turns at a random place, a turn is drawn and its block taken with probability
+    1 / size: the block is as likely as any other, so that each of the N turns is in it with the same probability.
+    n is `segment_length` as long as that fits, then what is missing, so that nothing has to be cut off.
+
+    Example: of an episode of 3 turns, n = 2, the cuts are [0 1][2] or [0][1 2]. Four blocks, each turn in two of them.
+    """
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    while turns:
+        n = min(segment_length, turns)
+        draws = turns + 4 * n  # a draw yields one turn on average
+        row, phase = rng.integers(low, high, draws), rng.integers(n, size=draws)
+        at = state.position(row)
+        turn, left = state.columns["turn"][at], state.columns["left"][at]
+        place = (turn + phase) % n
+        before = np.minimum(place, turn)
+        size = before + np.minimum(n - 1 - place, left) + 1
+        blocks = np.stack([row - before, size], axis=1)[rng.random(draws) * size < 1]
+        blocks = blocks[turns - (np.cumsum(blocks[:, 1]) - blocks[:, 1]) >= n]
+        found.append(blocks)
+        turns -= int(blocks[:, 1].sum())
+    return np.concatenate(found)
+
+
+def load_replay(folder: str | os.PathLike, part: Part = "all") -> datasets.Dataset:
+    """The rows of a replay buffer, as they stand now, as a trajectory dataset (see `ReplayBuffer.dataset`)."""
+    return ReplayBuffer(folder, read_only=True).dataset(part)
