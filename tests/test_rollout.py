@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts: order and seeds, batching, truncation, history, invalid responses, errors."""
+"""Rollouts: order and seeds, batching, truncation, history, invalid responses, rounds, misbehaviour, errors."""
 
+import itertools
 import json
+import multiprocessing
+import os
+import signal
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+from examples.benchmarks import rollout as rollout_benchmark
+from tests.misbehaving_envs import Misbehaving
 from vlmq_trl.agent_format import JSONCoTFormat, JSONFormat, PlainFormat
+from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.envs import Decision, make_demonstrator
 from vlmq_trl.metrics import wilson_interval
 from vlmq_trl.rollout import (
     DemonstratorPolicy,
     Response,
+    Rollouts,
     collect_demonstrations,
     episode_metrics,
     make_env,
@@ -74,8 +82,11 @@ def summary(episode: Episode):
         episode.seed,
         episode.terminated,
         episode.truncated,
-        [(t.completion, t.reward, t.valid, t.prompt, [i.tolist() for i in t.images]) for t in episode.turns],
-        None if episode.final_images is None else [image.tolist() for image in episode.final_images],
+        [
+            (t.completion, t.reward, t.valid, t.prompt, [(i.shape, i.tobytes()) for i in t.images])
+            for t in episode.turns
+        ],
+        None if episode.final_images is None else [image.tobytes() for image in episode.final_images],
     )
 
 
@@ -182,13 +193,19 @@ def test_text_only_environments_and_log_probabilities():
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"num_envs": 0}, ValueError, "num_envs must be at least 1"),
         ({"max_turns": 0}, ValueError, "max_turns must be at least 1"),
+        ({"max_env_failures": -1}, ValueError, "max_env_failures must be at least 0"),
+        ({"workers": True, "env_timeout": -1}, ValueError, "env_timeout must be above 0"),
         ({"agent_format": "json"}, TypeError, "pass for example make_format\\('json'\\)"),
         ({"agent_format": str.strip}, TypeError, "pass for example CallableFormat"),
         ({"policy": make_demonstrator(NUMBER_LINE, "expert")}, TypeError, "becomes one by `DemonstratorPolicy"),
         ({"env": Countdown()}, TypeError, "a function that makes a new environment, got Countdown"),
         ({"env": lambda: SHARED}, ValueError, "returned the same object twice"),
         ({"env": lambda: "text"}, TypeError, "factory returned str"),
-        ({"env": lambda: Countdown(reward=float("nan"))}, ValueError, "gave the reward nan on turn"),
+        (
+            {"env": lambda: Countdown(reward=float("nan"))},
+            EnvFailureError,
+            "gave the reward nan on turn 2 of .* seed 1",
+        ),
         ({"env": "vlmq_trl/NoSuchGame-v0"}, gymnasium.error.NameNotFound, "NoSuchGame"),
     ],
 )
@@ -275,3 +292,262 @@ def test_episode_metrics():
     assert (results["success_rate_low"], results["success_rate_high"]) == wilson_interval(1, 2)
     with pytest.raises(ValueError, match="no episodes"):
         episode_metrics([])
+
+
+def misbehaving(fault="", seeds=(), turn=1, long=(), **kwargs):
+    env_kwargs = {"fault": fault, "seeds": seeds, "turn": turn, "long": long}
+    return Rollouts(Misbehaving, env_kwargs=env_kwargs, **kwargs)
+
+
+def by_seed(episodes):
+    return {episode.seed: summary(episode) for episode in episodes}
+
+
+@pytest.mark.parametrize("fmt", [PlainFormat(), PlainFormat(history=2)])
+def test_processes_change_nothing(fmt):
+    results = []
+    for env, kwargs in ((Misbehaving, {}), (NUMBER_LINE, {"max_turns": 4})):
+        for workers in (False, True):
+            policy = Scripted(("go", "stay", "+", "-"))
+            played = play_episodes(
+                env, policy, episodes=7, seed=5, num_envs=3, agent_format=fmt, workers=workers, **kwargs
+            )
+            results.append(([summary(episode) for episode in played], policy.batches))
+        assert results[-1] == results[-2] and len(results[-1][0]) == 7
+    assert results[0] != results[2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "turn", "kind", "workers"),
+    [
+        ("raise", 1, "raised", False),
+        ("raise", -1, "raised", False),
+        ("nan", 2, "reward", False),
+        ("grey image", 0, "observation", False),
+        ("raise", 1, "raised", True),
+        ("raise", -1, "raised", True),
+        ("nan", 2, "reward", True),
+        ("grey image", 0, "observation", True),
+        ("hang", 1, "timeout", True),
+        ("exit", 1, "died", True),
+    ],
+)
+def test_the_run_goes_on_without_the_failed_episodes(fault, turn, kind, workers, caplog):
+    with misbehaving() as rollouts:
+        expected = by_seed(rollouts.play(Scripted(("go", "stay")), range(9)))
+        assert rollouts.failures == {} and sorted(expected) == list(range(9))
+    with misbehaving(fault, (2, 6), turn, num_envs=3, workers=workers, env_timeout=1, max_env_failures=2) as rollouts:
+        played = by_seed(rollouts.play(Scripted(("go", "stay")), range(9)))
+        assert rollouts.failures == {kind: 2} and sorted(rollouts.dropped) == [2, 6]
+    assert played == {seed: one for seed, one in expected.items() if seed not in (2, 6)}
+    when = "at the reset" if turn == -1 else f"on turn {turn}"
+    assert f"{when} of the episode with seed 6; the episode is dropped ({kind})" in caplog.text
+
+
+def test_a_killed_process_costs_one_episode():
+    class Killer(Scripted):
+        """Kills one of the environments in the third batch."""
+
+        def act(self, requests):
+            if len(self.batches) == 2:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            return super().act(requests)
+
+    with misbehaving(num_envs=3, workers=True, max_env_failures=1) as rollouts:
+        played = by_seed(rollouts.play(Killer(("go",)), range(8)))
+        assert rollouts.failures == {"died": 1} and len(played) == 7
+    with misbehaving() as rollouts:
+        expected = by_seed(rollouts.play(Scripted(("go",)), range(8)))
+    assert played.items() < expected.items()
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_too_many_failures_in_a_row_end_the_run(workers):
+    """Episodes of three turns, two environments: 0 and 1 end together, then 2 and 3 fail in their second turn."""
+    played = []
+    with misbehaving("raise", (2, 3, 4, 6, 7, 8), num_envs=2, workers=workers, max_env_failures=2) as rollouts:
+        with pytest.raises(EnvFailureError) as caught:
+            for episode in rollouts.play(Scripted(("go",)), itertools.count()):
+                played.append(episode.seed)
+        # 2 and 3 fail, then 4 fails beside 5, which was begun with it and goes on: three in a row.
+        assert played == [0, 1] and rollouts.failures == {"raised": 3} and rollouts.turns_running == 0
+        assert all(
+            words in str(caught.value)
+            for words in (
+                "Misbehaving raised KeyError: 'no such door' on turn 1 of the episode with seed 4. Mend the env",
+                "These are 3 failures in a row; all by kind: {'raised': 3}.",
+            )
+        )
+        if workers:
+            assert 'raise KeyError("no such door")' in str(caught.value)
+        else:
+            assert isinstance(caught.value.__cause__, KeyError)
+    with misbehaving("raise", (2, 4, 6, 7), num_envs=1, workers=workers, max_env_failures=1) as rollouts:
+        with pytest.raises(EnvFailureError, match="seed 7"):  # one in a row is allowed, again and again
+            played = [episode.seed for episode in rollouts.play(Scripted(("go",)), range(8))]
+        assert rollouts.failures == {"raised": 4}
+
+
+def test_what_ended_comes_before_the_error():
+    """Four environments; in the tick in which 0, 1 and 3 end, 2 gives a bad reward."""
+    played = []
+    with misbehaving("nan", (2,), turn=2) as rollouts:
+        with pytest.raises(EnvFailureError, match="gave the reward nan on turn 2 of the episode with seed 2"):
+            for episode in rollouts.play(Scripted(("go",)), range(4)):
+                played.append(episode.seed)
+    assert played == [0, 1, 3]
+    # In order, two environments: while 0 takes six turns, 1 ends, then 2 raises.
+    kwargs = {"fault": "raise", "seeds": (2,), "long": (0,)}
+    in_order = play_episodes(Misbehaving, Scripted(("go",)), episodes=5, num_envs=2, env_kwargs=kwargs)
+    played = []
+    with pytest.raises(EnvFailureError, match="on turn 1 of the episode with seed 2"):
+        for episode in in_order:
+            played.append(episode.seed)
+    assert played == [1]
+
+
+@pytest.mark.parametrize("seeds", [(0,), (2, 3), (9,), ()])
+def test_playing_in_order_passes_over_the_dropped(seeds):
+    policy = Scripted(("go",))
+    kwargs = {"fault": "raise", "seeds": seeds}
+    played = play_episodes(Misbehaving, policy, episodes=10, num_envs=3, env_kwargs=kwargs, max_env_failures=2)
+    first = next(played)
+    assert len(policy.batches) < 6  # it waits for none of them
+    assert [first.seed, *(e.seed for e in played)] == [seed for seed in range(10) if seed not in seeds]
+
+
+def test_a_failed_reset_is_followed_by_another():
+    with misbehaving("raise", (0, 1), turn=-1, num_envs=1, max_env_failures=2) as rollouts:
+        assert [episode.seed for episode in rollouts.play(Scripted(("go",)), range(4))] == [2, 3]
+
+
+def test_failures_of_the_restart_count():
+    made = []
+
+    def factory():
+        made.append(1)
+        return Misbehaving("raise" if len(made) == 1 else "make" if len(made) == 2 else "", (0,))
+
+    with Rollouts(factory, num_envs=1, max_env_failures=2) as rollouts:
+        assert [episode.seed for episode in rollouts.play(Scripted(("go",)), range(3))] == [2]
+        assert rollouts.failures == {"raised": 1, "start": 1}
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_rounds(workers):
+    """A generator that is closed early drops what is running, and the same environments play the next round."""
+    with misbehaving(num_envs=3, workers=workers, seed=10, id_prefix="round", long=(11,)) as rollouts:
+        pids = {process.pid for process in multiprocessing.active_children()}
+        first = rollouts.play(Scripted(("go",)), itertools.count())
+        episode = next(first)
+        # The third ended in the same tick; of the second, six turns long, three are played.
+        assert (episode.episode_id, episode.seed, rollouts.turns_running) == ("round/10", 10, 3)
+        assert next(first).seed == 12
+        with pytest.raises(RuntimeError, match="playing already"):
+            next(rollouts.play(Scripted(("go",)), [7]))
+        first.close()
+        assert rollouts.turns_running == 0
+        second = list(rollouts.play(Scripted(("go",)), [100, 3, 50, 3]))
+        assert [episode.seed for episode in second] == [110, 13, 60, 13]
+        assert summary(second[1]) == summary(second[3])
+        assert list(rollouts.play(Scripted(), [])) == []
+        assert {process.pid for process in multiprocessing.active_children()} == pids and rollouts.failures == {}
+    with pytest.raises(ValueError, match="closed"):
+        rollouts.play(Scripted(("go",)), [1])
+
+
+def test_a_policy_that_raises_leaves_the_environments_usable():
+    class Broken(Scripted):
+        def act(self, requests):
+            raise RuntimeError("out of memory")
+
+    with misbehaving(num_envs=2, workers=True) as rollouts:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(rollouts.play(Broken(), range(3)))
+        assert len(list(rollouts.play(Scripted(("go",)), range(3)))) == 3
+
+
+def test_ctrl_c_within_a_step_leaves_the_environments_usable():
+    with misbehaving("interrupt", (1,), num_envs=3) as rollouts:
+        with pytest.raises(KeyboardInterrupt):
+            list(rollouts.play(Scripted(("go",)), range(3)))
+        assert [episode.seed for episode in rollouts.play(Scripted(("go",)), [5, 6, 7, 8])] == [5, 6, 7, 8]
+
+
+def test_numbers_are_drawn_when_an_environment_is_free():
+    """Countdown's episodes are of unequal length; the caller stops as soon as 20 turns are played or under way."""
+    log = []
+    played = []
+    with Rollouts(Countdown, num_envs=3, env_kwargs={"limit": 10}) as rollouts:
+
+        def numbers():
+            for number in itertools.count():
+                turns = sum(len(episode.turns) for episode in played)
+                log.append((number, len(played), rollouts.turns_running))
+                if turns + rollouts.turns_running >= 20:
+                    return
+                yield number
+
+        for episode in rollouts.play(Scripted(), numbers()):
+            played.append(episode)
+    assert log[:3] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]  # three are free
+    # One environment is free for each episode that has ended, so number n is drawn when n - 2 have.
+    assert all(number - 2 <= ended for number, ended, _ in log[3:])
+    assert sum(len(episode.turns) for episode in played) >= 20 and len(played) == log[-1][0]
+    lengths = [len(episode.turns) for episode in sorted(played, key=lambda episode: episode.seed)]
+    # By hand: with 3 environments, the first to end is the shortest of the first three episodes.
+    assert log[3] == (3, 1 + lengths[:3].count(min(lengths[:3])) - 1, 2 * min(lengths[:3]))
+
+
+def test_a_demonstrator_cannot_play_in_another_process():
+    with pytest.raises(TypeError, match="reads the environment's state"):
+        collect_demonstrations(NUMBER_LINE, policy="expert", episodes=2, workers=True)
+    player = DemonstratorPolicy(make_demonstrator(NUMBER_LINE, "expert"), PlainFormat())
+    with misbehaving(workers=True, num_envs=1) as rollouts:
+        with pytest.raises(TypeError, match="reads the environment's state"):
+            rollouts.play(player, [0])
+
+    class Hidden(Scripted):
+        def act(self, requests):
+            return player.act(requests)
+
+    with pytest.raises(TypeError, match="reads the environment's state"):
+        list(play_episodes(NUMBER_LINE, Hidden(), episodes=1, workers=True))
+
+
+def test_demonstrations_of_a_policy_in_processes():
+    def collected(workers):
+        policy = Scripted(("+", "-"))
+        return collect_demonstrations(
+            NUMBER_LINE, policy=policy, episodes=3, agent_format=PlainFormat(), workers=workers, progress=False
+        ).to_list()
+
+    assert collected(True) == collected(False)
+
+
+def test_the_benchmark(monkeypatch):
+    monkeypatch.setattr(rollout_benchmark, "GRID", (1, 3))
+    measured = rollout_benchmark.measure(Scripted(("+", "-")), repetitions=3, turns=40, grid_turns=8)
+    assert all(pair["ratio"] == pair["batch"] / pair["loop"] for pair in measured["pairs"])
+    assert [(row["num_envs"], row["workers"]) for row in measured["grid"]] == [
+        (1, False),
+        (1, True),
+        (3, False),
+        (3, True),
+    ]
+    assert all(0 < row["outside_policy"] < 1 for row in measured["grid"])
+    result = {
+        "command": "python",
+        "machine": {"cpu": "CPU", "cores": 2, "memory_gb": 8, "gpu": None, "threads": 2},
+        "load_average": 0.0,
+        "versions": {"vlmq_trl": "1"},
+        "pairs": [{"loop": 2.0, "batch": 2 * ratio, "ratio": ratio} for ratio in (5.0, 7.0, 6.5)],
+        "ratio": 6.5,
+        "grid": [
+            {"num_envs": 16, "workers": w, "turns_per_second": 9.0, "outside_policy": 0.5} for w in (False, True)
+        ],
+    }
+    text = rollout_benchmark.section(result)
+    assert "| 3 | 2.00 turns/s | 13.00 turns/s | **6.50** (5.00–7.00) | reached |" in text
+    assert "| 16 | 9.00 (50.0 %) | 9.00 (50.0 %) |" in text and "shared" not in text
+    assert "missed" in rollout_benchmark.section({**result, "ratio": 5.9, "load_average": 2.0})

@@ -4,16 +4,16 @@
 Many environments run at once and every request of a tick is answered in one `Policy.act` call, so that a model
 generates in batches; a finished environment takes the next episode at once. Episode i depends on its own seed alone.
 
-Contents: `Request`, `Response`, `Policy`, `DemonstratorPolicy`, `play_episodes`, `collect_demonstrations`,
-`episode_metrics`.
+Contents: `Request`, `Response`, `Policy`, `DemonstratorPolicy`, `Rollouts`, `play_episodes`, `collect_demonstrations`,
+`episode_metrics`; from `env_pool`, `EnvSpec`, `make_env` and `EnvFailureError`.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,18 +23,24 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vlmq_trl.agent_format import AgentFormat, Exchange, check_format, default_format
+from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, EnvSpec, Failure, Outcome, make_env
 from vlmq_trl.envs import Demonstrator, make_demonstrator
 from vlmq_trl.metrics import load_metric
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes
 
-EnvSpec = str | Callable[..., gymnasium.Env]
+logger = logging.getLogger(__name__)
+
+NO_STATE_TO_READ = (
+    "A demonstrator reads the environment's state, which lies in another process when workers=True; play it with "
+    "workers=False."
+)
 
 
 @dataclass(frozen=True)
 class Request:
     """One environment waits for the agent's answer."""
 
-    env: gymnasium.Env  # for scripted policies; a model reads the prompt only
+    env: gymnasium.Env | None  # for scripted policies; None if it lives in a process of its own (`workers`)
     prompt: list[dict[str, Any]]
     images: list[np.ndarray]  # uint8 [H, W, 3], in the order of the prompt's image parts
     rng: np.random.Generator  # the episode's own generator, the same object in each of its turns
@@ -66,6 +72,8 @@ class DemonstratorPolicy:
     def act(self, requests: list[Request]) -> list[Response]:
         responses = []
         for request in requests:
+            if request.env is None:
+                raise TypeError(NO_STATE_TO_READ)
             decision = self.demonstrator(request.env, request.rng)
             responses.append(Response(self.agent_format.render(decision.action, decision.reading, decision.thoughts)))
         return responses
@@ -73,10 +81,9 @@ class DemonstratorPolicy:
 
 @dataclass
 class _Running:
-    """An environment in the middle of an episode."""
+    """An episode that has not ended."""
 
-    env: gymnasium.Env
-    number: int  # of the episode
+    number: int
     rng: np.random.Generator
     observation: Mapping[str, Any]
     prompt: list[dict[str, Any]]
@@ -85,40 +92,239 @@ class _Running:
     turns: list[Turn] = field(default_factory=list)
 
 
-def _task(env: gymnasium.Env) -> str:
-    """The environment's task text, which may change from episode to episode."""
-    return str(env.get_wrapper_attr("task")) if env.has_wrapper_attr("task") else ""
-
-
-def _kept(observation: Any) -> Any:
-    """An observation whose image is a copy: environments may draw every picture into the same buffer."""
-    if not isinstance(observation, Mapping) or observation.get("image") is None:
-        return observation
-    return {**observation, "image": np.array(observation["image"])}
-
-
 def _env_name(env: EnvSpec) -> str:
     return env if isinstance(env, str) else str(getattr(env, "__name__", type(env).__name__))
 
 
-def make_env(env: EnvSpec, env_kwargs: Mapping[str, Any] | None = None) -> gymnasium.Env:
-    """A new environment from a Gymnasium id or a factory.
+def _check_policy(policy: Any, workers: bool) -> None:
+    if not hasattr(policy, "act"):
+        raise TypeError(
+            f"The policy has no method `act(requests)`, got {policy!r}. A function (env, generator) -> Decision, such "
+            "as a demonstrator, becomes one by `DemonstratorPolicy(function, agent_format)`."
+        )
+    if workers and isinstance(policy, DemonstratorPolicy):
+        raise TypeError(NO_STATE_TO_READ)
+
+
+def _check_arguments(
+    agent_format: Any, num_envs: int, seed: int, max_turns: int | None, max_env_failures: int
+) -> None:
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
+    if max_turns is not None and max_turns < 1:
+        raise ValueError(f"max_turns must be at least 1, got {max_turns}.")
+    if max_env_failures < 0:
+        raise ValueError(f"max_env_failures must be at least 0, got {max_env_failures}.")
+    check_format(agent_format)
+
+
+class Rollouts:
+    """Environments that play episode after episode, with one policy or another, until they are closed.
+
+    Episode i is reset with `seed + i`, has the generator `default_rng((seed + i, 1))` and the id
+    "<id_prefix>/<seed + i>". So with a policy whose answer depends on its own request only, an episode depends neither
+    on `num_envs`, nor on `workers`, nor on its neighbours, failed ones included.
+
+    A response that does not parse reaches the environment as "", which no environment of this package takes for a
+    legal action; `Turn.valid` says whether the response parsed and the environment (`info["valid"]`, where it says
+    so) took the action. A truncated episode records its final observation.
+
+    An environment that fails (`env_pool.FAILURES`) is made anew and its episode is dropped, until more than
+    `max_env_failures` have failed with no episode ending well in between.
+
+    Attributes:
+        name: the environment's.
+        agent_format: of prompts and responses.
+        failures: dropped episodes by kind, since the beginning.
+        dropped: the numbers of these episodes.
+
+    Args:
+        env: a Gymnasium id, or a function that makes a new environment.
+        agent_format: the environment's own by default (`default_format`).
+        num_envs: environments that run at once.
+        env_kwargs: given to `gymnasium.make` or the factory.
+        seed: at least 0.
+        max_turns: truncate an episode after so many turns, for environments without a limit of their own.
+        id_prefix: of episode ids; the environment's name by default.
+        workers: a process for each environment. The function and `env_kwargs` must be picklable then, and policies
+            cannot look into the environment. Worth it where environments are slow, or hang or crash.
+        env_timeout: seconds that a reset or a step may take; None waits for ever. Without workers it has no effect:
+            an environment in this process cannot be interrupted.
+        max_env_failures: see above; with 0 the first failure raises.
 
     Raises:
-        TypeError: `env` is an environment itself (one object cannot run several episodes at once), or not callable.
+        ValueError, TypeError: bad arguments.
+        EnvFailureError: no environment could be made in a process of its own.
     """
-    kwargs = dict(env_kwargs or {})
-    if isinstance(env, str):
-        return gymnasium.make(env, **kwargs)
-    if isinstance(env, gymnasium.Env) or not callable(env):
-        raise TypeError(
-            f"env must be a Gymnasium id or a function that makes a new environment, got {type(env).__name__}; "
-            "pass for example `lambda: MyEnv()`."
+
+    def __init__(
+        self,
+        env: EnvSpec,
+        *,
+        agent_format: AgentFormat | None = None,
+        num_envs: int = 16,
+        env_kwargs: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        max_turns: int | None = None,
+        id_prefix: str | None = None,
+        workers: bool = False,
+        env_timeout: float | None = None,
+        max_env_failures: int = 0,
+    ):
+        _check_arguments(agent_format, num_envs, seed, max_turns, max_env_failures)
+        self.name = _env_name(env)
+        self._prefix = self.name if id_prefix is None else id_prefix
+        self._seed, self._max_turns, self._max_failures = seed, max_turns, max_env_failures
+        self._pool = EnvPool(env, env_kwargs, num_envs=num_envs, workers=workers, env_timeout=env_timeout)
+        self.agent_format = self._pool.agent_format if agent_format is None else agent_format
+        self._running: dict[int, _Running] = {}  # by environment
+        self._playing = False
+        self._failures_in_a_row = 0
+        self.failures: dict[str, int] = Counter()
+        self.dropped: list[int] = []
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the environments."""
+        self._pool.close()
+
+    @property
+    def turns_running(self) -> int:
+        """Turns played in episodes that have not ended."""
+        return sum(len(one.turns) for one in list(self._running.values()))
+
+    def play(self, policy: Policy, numbers: Iterable[int]) -> Iterator[Episode]:
+        """Plays the episodes with these numbers and yields each when it ends.
+
+        A number is drawn when an environment is free for it, after what ended before has been yielded; so the caller
+        can stop by ending `numbers`, and the running episodes are then played to their end. Closing the generator
+        drops them; the environments can play again.
+
+        Raises:
+            TypeError, ValueError: a policy that is none, or does not answer every request.
+            EnvFailureError: too many failures in a row; episodes that ended have been yielded.
+        """
+        _check_policy(policy, self._pool.workers)
+        if not len(self._pool):
+            raise ValueError("These rollouts are closed; make new ones.")
+        return self._play(policy, iter(numbers))
+
+    def _play(self, policy: Policy, numbers: Iterator[int]) -> Iterator[Episode]:
+        if self._playing:
+            raise RuntimeError("These rollouts are playing already; exhaust or close the other generator first.")
+        self._playing = True
+        try:
+            self._start(numbers)
+            while self._running:
+                running = sorted(self._running.items())
+                requests = [Request(self._pool.env(k), one.prompt, one.images, one.rng) for k, one in running]
+                responses = policy.act(requests)
+                if len(responses) != len(requests):
+                    raise ValueError(f"The policy gave {len(responses)} responses to {len(requests)} requests.")
+                yield from self._turn({k: response for (k, _), response in zip(running, responses, strict=True)})
+                self._start(numbers)
+        finally:
+            self._playing = False
+            self._running.clear()
+            self._pool.abandon()
+
+    def _start(self, numbers: Iterator[int]) -> None:
+        """Begins an episode in every free environment, as long as there are numbers."""
+        free = [k for k in range(len(self._pool)) if k not in self._running]
+        while free:
+            begun = dict(zip(free, numbers, strict=False))  # in this order, so that no number is drawn in vain
+            for k, number in begun.items():
+                self._pool.reset(k, self._seed + number)
+            free = []
+            for k, answer in self._pool.receive().items():
+                if isinstance(answer, Failure):
+                    error = self._drop(begun[k], None, answer)
+                    if error is not None:
+                        raise error
+                    free.append(k)
+                else:
+                    prompt, images = self.agent_format.build_prompt(answer.task, answer.observation, ())
+                    rng = np.random.default_rng((self._seed + begun[k], 1))
+                    history: deque[Exchange] = deque(maxlen=self.agent_format.history)
+                    self._running[k] = _Running(begun[k], rng, answer.observation, prompt, images, history)
+
+    def _turn(self, responses: dict[int, Response]) -> Iterator[Episode]:
+        """Plays one turn in every environment; yields the episodes that it ends."""
+        parsed = {k: self.agent_format.parse(response.text) for k, response in responses.items()}
+        actions = {k: found.action if found.valid else "" for k, found in parsed.items()}
+        for k, action in actions.items():
+            self._pool.step(k, action)
+        ended, error = [], None
+        for k, answer in self._pool.receive().items():
+            one = self._running[k]
+            if isinstance(answer, Failure):
+                del self._running[k]
+                error = self._drop(one.number, len(one.turns), answer) or error
+                continue
+            turn = Turn(
+                prompt=one.prompt,
+                images=one.images,
+                completion=responses[k].text,
+                reward=answer.reward,
+                action=actions[k],
+                valid=parsed[k].valid and answer.valid,
+                behavior_logprobs=responses[k].behavior_logprobs,
+            )
+            episode = self._take(one, turn, answer)
+            if episode is not None:
+                del self._running[k]
+                self._failures_in_a_row = 0
+                ended.append(episode)
+        yield from ended
+        if error is not None:
+            raise error
+
+    def _take(self, one: _Running, turn: Turn, answer: Outcome) -> Episode | None:
+        """Adds a turn to its episode in place; the episode if it has ended."""
+        one.turns.append(turn)
+        one.history.append(Exchange(one.observation, turn.completion))
+        one.observation = answer.observation
+        terminated, truncated = answer.terminated, answer.truncated
+        if self._max_turns is not None and len(one.turns) >= self._max_turns and not terminated:
+            truncated = True
+        if not terminated or truncated:
+            one.prompt, one.images = self.agent_format.build_prompt(answer.task, one.observation, tuple(one.history))
+        if not (terminated or truncated):
+            return None
+        seed = self._seed + one.number
+        return Episode(
+            episode_id=f"{self._prefix}/{seed}",
+            turns=tuple(one.turns),
+            terminated=terminated,
+            truncated=truncated,
+            final_prompt=one.prompt if truncated else None,
+            final_images=one.images if truncated else None,
+            env_id=self.name,
+            seed=seed,
         )
-    made = env(**kwargs)
-    if not isinstance(made, gymnasium.Env):
-        raise TypeError(f"The environment factory returned {type(made).__name__}, not a gymnasium.Env.")
-    return made
+
+    def _drop(self, number: int, turn: int | None, failure: Failure) -> EnvFailureError | None:
+        """Counts a failure; the error if it is one too many."""
+        self.failures[failure.kind] += 1
+        self.dropped.append(number)
+        self._failures_in_a_row += 1
+        when = "at the reset" if turn is None else f"on turn {turn}"
+        what = f"{self.name} {failure.did} {when} of the episode with seed {self._seed + number}"
+        if self._failures_in_a_row <= self._max_failures:
+            logger.warning("%s; the episode is dropped (%s).", what, failure.kind)
+            return None
+        row = f" These are {self._failures_in_a_row} failures in a row; all by kind: {dict(self.failures)}."
+        trace = f"\n{failure.trace}" if failure.trace else ""
+        error = EnvFailureError(f"{what}. {FAILURES[failure.kind]}{row if self._max_failures else ''}{trace}")
+        error.__cause__ = failure.error
+        return error
 
 
 def play_episodes(
@@ -132,154 +338,62 @@ def play_episodes(
     env_kwargs: Mapping[str, Any] | None = None,
     max_turns: int | None = None,
     id_prefix: str | None = None,
+    workers: bool = False,
+    env_timeout: float | None = None,
+    max_env_failures: int = 0,
     progress: bool = False,
 ) -> Iterator[Episode]:
     """Play episodes and yield them in order.
 
-    Episode i is reset with `seed + i` and has the generator `default_rng((seed + i, 1))`, so with a policy whose
-    answer depends on its own request only, the episodes do not depend on `num_envs`. A response that does not parse
-    reaches the environment as "", which no environment of this package takes for a legal action; `Turn.valid` says
-    whether the response parsed and the environment (`info["valid"]`, where it says so) took the action. A truncated
-    episode records its final observation.
+    Episodes are those of `Rollouts`: each depends on its own seed alone.
 
     Args:
-        env: a Gymnasium id, or a function that makes a new environment.
         policy: answers all running environments in one call.
-        episodes: how many; at least 1.
-        seed: at least 0.
-        agent_format: the environment's own by default (`default_format`).
-        num_envs: environments that run at once.
-        env_kwargs: given to `gymnasium.make` or the factory.
-        max_turns: truncate an episode after so many turns, for environments without a limit of their own.
-        id_prefix: episode ids are "<id_prefix>/<seed + i>"; the environment's name by default.
+        episodes: how many; at least 1. Those that failures cost are missing.
         progress: show a bar over episodes.
+        Others: as `Rollouts`.
 
     Raises:
-        ValueError, TypeError: bad arguments, a reward that is not finite, a policy that does not answer every request.
+        ValueError, TypeError: bad arguments, a policy that does not answer every request.
+        EnvFailureError: an environment raised, gave a reward that is not finite, ... (`env_pool.FAILURES`), more than
+            `max_env_failures` times in a row; episodes that ended have been yielded.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}.")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}.")
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
-    if max_turns is not None and max_turns < 1:
-        raise ValueError(f"max_turns must be at least 1, got {max_turns}.")
-    check_format(agent_format)
-    if not hasattr(policy, "act"):
-        raise TypeError(
-            f"The policy has no method `act(requests)`, got {policy!r}. A function (env, generator) -> Decision, such "
-            "as a demonstrator, becomes one by `DemonstratorPolicy(function, agent_format)`."
+    _check_arguments(agent_format, num_envs, seed, max_turns, max_env_failures)
+    _check_policy(policy, workers)
+
+    def play() -> Iterator[Episode]:
+        rollouts = Rollouts(
+            env,
+            agent_format=agent_format,
+            num_envs=min(num_envs, episodes),
+            env_kwargs=env_kwargs,
+            seed=seed,
+            max_turns=max_turns,
+            id_prefix=id_prefix,
+            workers=workers,
+            env_timeout=env_timeout,
+            max_env_failures=max_env_failures,
         )
-    return _play(env, policy, episodes, seed, agent_format, num_envs, env_kwargs, max_turns, id_prefix, progress)
-
-
-def _play(
-    env: EnvSpec,
-    policy: Policy,
-    episodes: int,
-    seed: int,
-    agent_format: AgentFormat | None,
-    num_envs: int,
-    env_kwargs: Mapping[str, Any] | None,
-    max_turns: int | None,
-    id_prefix: str | None,
-    progress: bool,
-) -> Iterator[Episode]:
-    name = _env_name(env)
-    prefix = name if id_prefix is None else id_prefix
-    envs: list[gymnasium.Env] = []
-    bar = tqdm(total=episodes, unit="episode", desc=name, disable=not progress)
-    try:
-        for _ in range(min(num_envs, episodes)):
-            made = make_env(env, env_kwargs)
-            if any(made is other for other in envs):
-                raise ValueError("The environment factory returned the same object twice; make a new one each time.")
-            envs.append(made)
-        fmt = agent_format if agent_format is not None else default_format(envs[0])
-
-        def start(one: gymnasium.Env, number: int) -> _Running:
-            observation = _kept(one.reset(seed=seed + number)[0])
-            prompt, images = fmt.build_prompt(_task(one), observation, ())
-            rng = np.random.default_rng((seed + number, 1))
-            return _Running(one, number, rng, observation, prompt, images, deque(maxlen=fmt.history))
-
-        running = [start(one, number) for number, one in enumerate(envs)]
-        started, due = len(running), 0
         finished: dict[int, Episode] = {}
-        while running:
-            requests = [Request(slot.env, slot.prompt, slot.images, slot.rng) for slot in running]
-            responses = policy.act(requests)
-            if len(responses) != len(requests):
-                raise ValueError(f"The policy gave {len(responses)} responses to {len(requests)} requests.")
-            still = []
-            for slot, response in zip(running, responses, strict=True):
-                episode = _advance(slot, response, fmt, max_turns, name, prefix, seed)
-                if episode is None:
-                    still.append(slot)
-                    continue
-                finished[slot.number] = episode
-                bar.update()
-                if started < episodes:
-                    still.append(start(slot.env, started))
-                    started += 1
-            running = still
-            while due in finished:
-                yield finished.pop(due)
-                due += 1
-    finally:
-        bar.close()
-        for one in envs:
-            one.close()
+        due, error = 0, None
+        with rollouts, tqdm(total=episodes, unit="episode", desc=_env_name(env), disable=not progress) as bar:
+            try:
+                for episode in rollouts.play(policy, range(episodes)):
+                    finished[episode.seed - seed] = episode
+                    bar.update()
+                    while due in finished or due in rollouts.dropped:
+                        if due in finished:
+                            yield finished.pop(due)
+                        due += 1
+            except EnvFailureError as failure:
+                error = failure
+            yield from (finished[number] for number in sorted(finished))
+            if error is not None:
+                raise error
 
-
-def _advance(
-    slot: _Running,
-    response: Response,
-    fmt: AgentFormat,
-    max_turns: int | None,
-    env_name: str,
-    prefix: str,
-    seed: int,
-) -> Episode | None:
-    """Play one turn in place; the episode if it has ended."""
-    parsed = fmt.parse(response.text)
-    action = parsed.action if parsed.valid else ""
-    observation, reward, terminated, truncated, info = slot.env.step(action)
-    if not math.isfinite(float(reward)):
-        raise ValueError(
-            f"{env_name} gave the reward {reward} on turn {len(slot.turns)} of the episode with seed "
-            f"{seed + slot.number}; rewards must be finite."
-        )
-    slot.turns.append(
-        Turn(
-            prompt=slot.prompt,
-            images=slot.images,
-            completion=response.text,
-            reward=float(reward),
-            action=action,
-            valid=parsed.valid and bool(info.get("valid", True)),
-            behavior_logprobs=response.behavior_logprobs,
-        )
-    )
-    slot.history.append(Exchange(slot.observation, response.text))
-    slot.observation = observation = _kept(observation)
-    if max_turns is not None and len(slot.turns) >= max_turns and not terminated:
-        truncated = True
-    if not terminated or truncated:
-        slot.prompt, slot.images = fmt.build_prompt(_task(slot.env), observation, tuple(slot.history))
-    if not (terminated or truncated):
-        return None
-    return Episode(
-        episode_id=f"{prefix}/{seed + slot.number}",
-        turns=tuple(slot.turns),
-        terminated=bool(terminated),
-        truncated=bool(truncated),
-        final_prompt=slot.prompt if truncated else None,
-        final_images=slot.images if truncated else None,
-        env_id=env_name,
-        seed=seed + slot.number,
-    )
+    return play()
 
 
 def collect_demonstrations(
@@ -292,6 +406,9 @@ def collect_demonstrations(
     agent_format: AgentFormat | None = None,
     env_kwargs: Mapping[str, Any] | None = None,
     num_envs: int = 16,
+    workers: bool = False,
+    env_timeout: float | None = None,
+    max_env_failures: int = 0,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> datasets.Dataset:
@@ -302,6 +419,7 @@ def collect_demonstrations(
         policy: "expert", "random", "flawed", "flawed:0.3", a mixture such as "expert=0.5,random=0.5" (one member drawn
             per episode; `vlmq_trl.envs.make_demonstrator`), a function (env, rng) -> Decision, or a `Policy`.
         flaw_probability: how often "flawed" makes its mistake, at each action.
+        workers: for a `Policy` only, one that does not look into the environment.
         cache_dir: where the data is written (`dataset_from_episodes`).
         Others: as `play_episodes`.
     """
@@ -322,6 +440,9 @@ def collect_demonstrations(
         agent_format=fmt,
         num_envs=num_envs,
         env_kwargs=env_kwargs,
+        workers=workers,
+        env_timeout=env_timeout,
+        max_env_failures=max_env_failures,
         progress=progress,
     )
     return dataset_from_episodes(played, cache_dir=cache_dir)
