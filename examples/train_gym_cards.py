@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a vision-language model into a Gym Cards player, from play that may be bad: SFT, filtered cloning, VLMQ.
+"""Turns a vision-language model into a Gym Cards player, from play that may be bad: SFT, filtered cloning, VLMQ; and
+lets VLMQ go on from there with its own play.
 
     accelerate launch examples/train_gym_cards.py --config examples/configs/demo.yaml
     accelerate launch examples/train_gym_cards.py --game Blackjack --method vlmq --policy random --episodes 10000
     accelerate launch examples/train_gym_cards.py --game EZPoints --policy flawed:0.6 --use_peft \
         --lora_target_modules q_proj v_proj --learning_rate 1e-4 --max_steps 2000 \
         --model_name_or_path HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+    accelerate launch examples/train_gym_cards.py --config examples/configs/online_number_line.yaml
+    accelerate launch examples/train_gym_cards.py --game EZPoints --method vlmq --online --episodes 0 \
+        --max_env_turns 15000
 
 Every argument can stand on the command line or in the YAML file. Without `--model_name_or_path` a tiny model is built
 first, which reads the game's pictures and cannot play. All methods train on the same data; each is evaluated on the
 same validation episodes while it trains and keeps its best weights; the final test plays other episodes. It ends with
 a before/after table, and writes `results.json`, `learning_curve.png` and each method's model to `output_dir`.
+
+With `--online`, VLMQ collects play of its own after `offline_steps` updates, as `VLMQConfig` says, and keeps it in
+`output_dir/vlmq/replay`; with `--episodes 0` it begins with nothing.
 
 Interrupted? The same command goes on where it was, from the newest checkpoint.
 """
@@ -18,6 +25,7 @@ Interrupted? The same command goes on where it was, from the newest checkpoint.
 import copy
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,6 +74,7 @@ from vlmq_trl import (
     validate_trajectories,
     wilson_interval,
 )
+from vlmq_trl.callbacks import newest_checkpoint
 from vlmq_trl.modeling import load_pretrained
 
 matplotlib.use("Agg")
@@ -73,7 +83,7 @@ import matplotlib.pyplot as plt
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 METHODS = ("sft", "filtered_bc", "vlmq")
 LEAST = {
-    "episodes": 1,
+    "episodes": 0,
     "test_episodes": 1,
     "sampled_test_episodes": 1,
     "before_episodes": 0,
@@ -129,7 +139,10 @@ class GymCardsArguments:
             "wrong), or a mixture such as expert=0.2,random=0.8."
         },
     )
-    episodes: int = field(default=1000, metadata={"help": "Episodes of data to collect."})
+    episodes: int = field(
+        default=1000, metadata={"help": "Episodes of data to collect; 0: none, which only `online` can do with."}
+    )
+    online: bool = field(default=False, metadata={"help": "Let vlmq collect play of its own and learn from it."})
     collection_seed: int = field(default=0, metadata={"help": "Seed of the first collected episode."})
     dataset_path: str | None = field(
         default=None, metadata={"help": "Trajectory dataset (a folder or parquet file) to use instead of collecting."}
@@ -148,10 +161,6 @@ class GymCardsArguments:
     freeze_vision_tower: bool = field(
         default=True,
         metadata={"help": "Keep the vision tower's weights, whatever the method: it sees already, and it is cheaper."},
-    )
-    stop_at_success: float | None = field(
-        default=None,
-        metadata={"help": "End a method's training once two validations in a row reach this success; default: never."},
     )
     embedded_steps: int | None = field(
         default=None, metadata={"help": "Reading lessons of the embedded model, in optimiser steps; default: its own."}
@@ -176,16 +185,20 @@ class GymCardsArguments:
                 continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` is {value}; it must be a whole number, at least {least}.")
-        for name in ("top_fraction", "stop_at_success"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"`{name}` is {value}; it must lie in (0, 1].")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"`top_fraction` is {self.top_fraction}; it must lie in (0, 1].")
+        if not self.with_data and (not self.online or self.method != ["vlmq"]):
+            raise ValueError("`episodes` is 0: only `--online` and `--method vlmq` can do without data.")
         if self.dataset_path is not None and not Path(self.dataset_path).exists():
             raise ValueError(f"`dataset_path`: there is nothing at {self.dataset_path}.")
 
     @property
     def env_id(self) -> str:
         return f"vlmq_trl/{self.game}-v0"
+
+    @property
+    def with_data(self) -> bool:
+        return self.dataset_path is not None or self.episodes > 0
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[GymCardsArguments, VLMQConfig, ModelConfig]:
@@ -210,7 +223,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[GymCardsArguments, VLMQCon
 
     script, args, model_config = once(defaults)
     if model_config.model_name_or_path is None:
-        script, args, model_config = once({**defaults, **EMBEDDED_DEFAULTS})
+        # A budget of turns says itself how many updates there are.
+        budget = {"max_steps": -1} if script.online and args.max_env_turns is not None else {}
+        script, args, model_config = once({**defaults, **EMBEDDED_DEFAULTS, **budget})
     args.eval_strategy = "no"  # the callback evaluates, for every method alike
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
@@ -229,8 +244,10 @@ def check_episodes(script: GymCardsArguments, args: VLMQConfig) -> None:
         (args.eval_seed, args.eval_episodes, "`eval_seed`"),
         (script.test_seed, max(script.test_episodes, script.sampled_test_episodes), "`test_seed`"),
     ]
-    if script.dataset_path is None:
+    if script.dataset_path is None and script.episodes:
         spans.append((script.collection_seed, script.episodes, "`collection_seed`"))
+    if script.online:
+        spans.append((args.rollout_seed, math.inf, "`rollout_seed`"))
     spans.sort()
     for (start, count, name), (following, _, other) in pairwise(spans):
         if start + count > following:
@@ -251,7 +268,10 @@ def check_arguments(script: GymCardsArguments, args: VLMQConfig, model_config: M
             "The script keeps each method's best weights by success itself; leave `load_best_model_at_end` out, and "
             "`save_strategy` to 'steps', 'epoch' or 'no'."
         )
-    if "vlmq" in script.method and args.off_policy_trace == "retrace" and script.dataset_path is None:
+    if script.online and "vlmq" not in script.method:
+        raise ValueError(f"`online` is for the method vlmq; `method` is {script.method}.")
+    offline_only = "vlmq" in script.method and not script.online
+    if offline_only and args.off_policy_trace == "retrace" and script.dataset_path is None:
         raise ValueError(
             "`off_policy_trace` 'retrace' needs the behaviour's log-probabilities, which scripted players do not "
             "have. Choose 'tree_backup', or give a `dataset_path` with `behavior_logprobs`."
@@ -350,22 +370,11 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
 
     with args.main_process_first(desc="model and data"):
         model_name = model_config.model_name_or_path or embedded_model(script)
-        dataset = load_data(script, agent_format)
-    index = validate_trajectories(dataset, check_images="none")
-    check_data(dataset, script, args)
-    successes = int(index.success.sum())
-    low, high = wilson_interval(successes, len(index))
-    data = {
-        "played_by": f"{script.policy} play" if script.dataset_path is None else Path(script.dataset_path).name,
-        "episodes": len(index),
-        "turns": len(dataset),
-        "successes": successes,
-        "success_rate": successes / len(index),
-        "success_rate_low": low,
-        "success_rate_high": high,
-    }
-    level = percent(data["success_rate"])
-    say(f"Data: {len(index):,} episodes, {len(dataset):,} turns, {level} of the episodes succeed.")
+        dataset = load_data(script, agent_format) if script.with_data else None
+    data = None if dataset is None else level_of(dataset, script, args)
+    if data is not None:
+        level = percent(data["success_rate"])
+        say(f"Data: {data['episodes']:,} episodes, {data['turns']:,} turns, {level} of the episodes succeed.")
 
     if earlier.get("data", data) != data:
         raise SystemExit(
@@ -434,10 +443,27 @@ def load_data(script: GymCardsArguments, agent_format: AgentFormat | None = None
     )
 
 
+def level_of(dataset: datasets.Dataset, script: GymCardsArguments, args: VLMQConfig) -> dict[str, Any]:
+    """Validates the data and says how well it was played."""
+    index = validate_trajectories(dataset, check_images="none")
+    check_data(dataset, script, args)
+    successes = int(index.success.sum())
+    low, high = wilson_interval(successes, len(index))
+    return {
+        "played_by": f"{script.policy} play" if script.dataset_path is None else Path(script.dataset_path).name,
+        "episodes": len(index),
+        "turns": len(dataset),
+        "successes": successes,
+        "success_rate": successes / len(index),
+        "success_rate_low": low,
+        "success_rate_high": high,
+    }
+
+
 def train(
     method: str,
     model_name: str,
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | None,
     script: GymCardsArguments,
     args: VLMQConfig,
     model_config: ModelConfig,
@@ -462,7 +488,7 @@ def train(
         max_completion_length=args.max_completion_length,
         agent_format=agent_format,
         keep_best=not sharded,
-        stop_at_success=script.stop_at_success,
+        stop_at_success=args.stop_at_success,
     )
     if method == "filtered_bc":
         dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
@@ -477,7 +503,9 @@ def train(
         for name, parameter in model.named_parameters():
             if re.search("vision|visual", name):
                 parameter.requires_grad_(False)
-    trainer_class = VLMQTrainer if method == "vlmq" else SFTTrainer
+    trainer_class: Any = VLMQTrainer if method == "vlmq" else SFTTrainer
+    if method == "vlmq" and script.online:
+        trainer_class = partial(VLMQTrainer, env=script.env_id, agent_format=agent_format)
     trainer = trainer_class(
         model,
         args=args,
@@ -508,12 +536,6 @@ def train(
     gc.collect()
     torch.cuda.empty_cache()
     return result
-
-
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint that was written to its end: the trainer's state is its last file."""
-    whole = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def trained_to_the_end(checkpoint: str, evaluation: EnvEvaluationCallback) -> bool:
@@ -626,16 +648,18 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
 
 
+def trained(run: dict[str, Any]) -> str:
+    turns = f", {run['history'][-1]['env_turns']:,} turns" if "env_turns" in run["history"][-1] else ""
+    return f"step {run['best_step']}{turns}, {run['train_seconds']:.0f} s"
+
+
 def table(results: dict[str, Any]) -> str:
     """The before/after table: success with 95 % intervals, greedy and sampled, one line a method."""
     data, before = results["data"], results["before"]
     rows = [
-        (f"the data ({data['played_by']})", None, data, ""),
+        *([(f"the data ({data['played_by']})", None, data, "")] if data else []),
         *([("before training", before["greedy"], before["sampled"], "")] if before else []),
-        *(
-            (name, run["greedy"], run["sampled"], f"step {run['best_step']}, {run['train_seconds']:.0f} s")
-            for name, run in results["methods"].items()
-        ),
+        *((name, run["greedy"], run["sampled"], trained(run)) for name, run in results["methods"].items()),
     ]
     blocks = [("", "success_rate")]
     if results["game"] == "Points24":
@@ -661,18 +685,24 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot_learning_curve(results: dict[str, Any], path: Path) -> None:
-    """Validation success with its 95 % band against optimiser steps; the data's own level dashed."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=130)
-    for name, run in results["methods"].items():
-        steps = [record["step"] for record in run["history"]]
-        success = 100 * np.array([[record[k] for record in run["history"]] for k in ("success_rate", "low", "high")])
-        (line,) = axes.plot(steps, success[0], marker="o", markersize=3, label=name)
-        axes.fill_between(steps, success[1], success[2], color=line.get_color(), alpha=0.2, linewidth=0)
-    data = results["data"]
-    axes.axhline(100 * data["success_rate"], linestyle="--", color="0.4", label=f"the data ({data['played_by']})")
-    axes.set(xlabel="optimiser steps", ylabel="success in % (validation)", ylim=(-3, 103), title=results["game"])
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Validation success with its 95 % band against optimiser steps, and of an online run against environment turns
+    too; the data's own level dashed."""
+    online = {name: run for name, run in results["methods"].items() if "env_turns" in run["history"][-1]}
+    panels = [("optimiser steps", "step", results["methods"])]
+    panels += [("environment turns", "env_turns", online)] if online else []
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.2), dpi=130, squeeze=False)
+    for axes, (label, key, runs) in zip(all_axes[0], panels, strict=True):
+        for name, run in runs.items():
+            at = [record.get(key, 0) for record in run["history"]]
+            success = 100 * np.array([[r[k] for r in run["history"]] for k in ("success_rate", "low", "high")])
+            (line,) = axes.plot(at, success[0], marker="o", markersize=3, label=name)
+            axes.fill_between(at, success[1], success[2], color=line.get_color(), alpha=0.2, linewidth=0)
+        if data := results["data"]:
+            level = f"the data ({data['played_by']})"
+            axes.axhline(100 * data["success_rate"], linestyle="--", color="0.4", label=level)
+        axes.set(xlabel=label, ylabel="success in % (validation)", ylim=(-3, 103), title=results["game"])
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

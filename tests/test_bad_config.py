@@ -59,6 +59,21 @@ BROKEN_CONFIGS = [
     ({"eval_seed": -1}, "`eval_seed=-1`: it must not be negative"),
     ({"eval_temperature": -0.5}, "`eval_temperature=-0.5`: it must not be negative"),
     ({"max_completion_length": 0}, "`max_completion_length=0`: it must be at least 1"),
+    ({"offline_steps": -1}, "`offline_steps=-1`: it must not be negative"),
+    ({"turns_per_round": 0}, "`turns_per_round=0`: it must be at least 1"),
+    ({"updates_per_turn": 0}, "`updates_per_turn=0`: it must be positive"),
+    ({"max_env_turns": 0}, "`max_env_turns=0`: it must be at least 1"),
+    ({"max_env_turns": 1e4}, "`max_env_turns=10000.0`: it must be an integer"),
+    ({"online_fraction": 1.1}, "`online_fraction=1.1`: it must lie in [0, 1]"),
+    ({"online_fraction_start": -0.1}, "`online_fraction_start=-0.1`: it must lie in [0, 1]"),
+    ({"replay_capacity": 0}, "`replay_capacity=0`: it must be at least 1"),
+    ({"rollout_temperature": 0.0}, "`rollout_temperature=0.0`: it must be positive"),
+    ({"rollout_num_envs": 0}, "`rollout_num_envs=0`: it must be at least 1"),
+    ({"env_timeout": 5.0}, "Set `rollout_workers=True`"),
+    ({"env_timeout": -5.0, "rollout_workers": True}, "`env_timeout=-5.0`: it must be positive"),
+    ({"max_env_failures": -1}, "`max_env_failures=-1`: it must not be negative"),
+    ({"max_staleness": 0}, "`max_staleness=0`: it must be at least 1"),
+    ({"stop_at_success": 98}, "`stop_at_success=98`: it must lie in [0, 1]"),
     ({"packing": True}, "`packing=True` is not supported: each row is one turn"),
     ({"padding_free": True}, "`padding_free=True` is not supported"),
     ({"assistant_only_loss": True}, "`assistant_only_loss=True` is not supported"),
@@ -119,7 +134,7 @@ SHUFFLED = "keep an episode's rows contiguous|Keep turns 0, 1, 2"
 
 # name: (keyword arguments of `build`, error, pattern of the message)
 BROKEN_TRAINERS = {
-    "no data": (lambda: {"init": {"train_dataset": None}}, ValueError, "`train_dataset` is required"),
+    "no data": (lambda: {"init": {"train_dataset": None}}, ValueError, "Nothing to learn from"),
     "plain text": (
         lambda: {"init": {"train_dataset": PLAIN_TEXT}},
         TrajectoryError,

@@ -23,6 +23,7 @@ from vlmq_trl import (
     collect_demonstrations,
     save_trajectories,
 )
+from vlmq_trl.replay import load_replay
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -216,6 +217,49 @@ def test_a_run_interrupted_in_its_test_is_not_trained_further(stop, model_name, 
     train_gym_cards.main(argv)
 
 
+ONLINE = {
+    "online": True,
+    "max_steps": 6,
+    "offline_steps": 2,
+    "turns_per_round": 8,
+    "updates_per_turn": 0.25,
+    "rollout_num_envs": 2,
+    "before_episodes": 0,
+    "method": "vlmq",
+    "disable_tqdm": True,
+}
+
+
+def test_online(model_name, tmp_path, capsys):
+    """Offline, then rounds of its own play: turns in the history, the table and a second panel of the picture."""
+    arguments = {**SMALL, **ONLINE, "eval_steps": 2, "output_dir": tmp_path, "model_name_or_path": model_name}
+    run = train_gym_cards.main(flags(**arguments))["methods"]["vlmq"]
+    turns = [record.get("env_turns", 0) for record in run["history"]]
+    assert [record["step"] for record in run["history"]] == [0, 2, 4, 6]
+    assert turns[:2] == [0, 0] and 8 <= turns[2] <= turns[3] and 16 <= turns[3] < 16 + 2 * 10
+    assert f", {turns[-1]} turns, " in capsys.readouterr().out
+    play = load_replay(tmp_path / "vlmq" / "replay", "online")
+    assert len(play) == turns[-1]
+    with PIL.Image.open(tmp_path / "learning_curve.png") as picture:
+        assert picture.width > 1200
+
+
+def test_purely_online(model_name, tmp_path, capsys):
+    arguments = {**SMALL, **ONLINE, "offline_steps": 0, "episodes": 0, "eval_steps": 2, "output_dir": tmp_path}
+    results = train_gym_cards.main(flags(**arguments, model_name_or_path=model_name))
+    assert results["data"] is None and results["methods"]["vlmq"]["history"][-1]["env_turns"] >= 24
+    assert "the data" not in capsys.readouterr().out
+
+
+def test_a_budget_of_turns_says_how_long_training_is():
+    _, args, _ = train_gym_cards.parse(["--online", "--method", "vlmq", "--max_env_turns", "1000"])
+    assert args.max_steps == -1
+    _, args, _ = train_gym_cards.parse(["--online", "--method", "vlmq", "--max_env_turns", "9", "--max_steps", "7"])
+    assert args.max_steps == 7
+    _, args, _ = train_gym_cards.parse(["--online", "--method", "vlmq"])
+    assert args.max_steps == 600
+
+
 def test_another_models_run_is_not_gone_on_with(model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
     lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
@@ -262,7 +306,8 @@ def test_the_vision_tower_is_frozen_for_lora_too(method, model_name, tmp_path):
 def test_configuration_files_are_understood(config):
     script, args, _ = train_gym_cards.parse(["--config", str(config)])
     wanted = yaml.safe_load(config.read_text())
-    assert script.game == wanted["game"] and args.max_steps == wanted["max_steps"]
+    assert script.game == wanted["game"] and args.max_steps == wanted.get("max_steps", -1)
+    assert script.online == wanted.get("online", False) == (args.max_env_turns is not None)
     assert args.learning_rate == wanted["learning_rate"]
 
 
@@ -281,12 +326,19 @@ def test_defaults_depend_on_the_model(model_name):
         (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
         (["--method", "sft", "sft"], "name one or several different methods"),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
-        (["--episodes", "0"], "`episodes` is 0; it must be a whole number, at least 1"),
+        (["--episodes", "-1"], "`episodes` is -1; it must be a whole number, at least 0"),
+        (["--episodes", "0"], "`episodes` is 0: only `--online` and `--method vlmq` can do without data"),
+        (["--online", "--episodes", "0"], "`episodes` is 0: only `--online` and `--method vlmq`"),
+        (["--online", "--method", "sft"], "`online` is for the method vlmq"),
+        (
+            ["--online", "--rollout_seed", "2000100"],
+            "`test_seed` 2000000 and its 500 episodes run into `rollout_seed`",
+        ),
         (["--sampled_test_episodes", "-3"], "`sampled_test_episodes` is -3; it must be a whole number, at least 1"),
         (["--before_episodes", "-4"], "`before_episodes` is -4; it must be a whole number, at least 0"),
         (["--collection_seed", "-1"], "`collection_seed` is -1; it must be a whole number, at least 0"),
         (["--embedded_steps", "0"], "`embedded_steps` is 0; it must be a whole number, at least 1"),
-        (["--stop_at_success", "98"], "`stop_at_success` is 98.0; it must lie in (0, 1]"),
+        (["--stop_at_success", "98"], "`stop_at_success=98.0`: it must lie in [0, 1]"),
         (["--off_policy_trace", "retrace"], "scripted players do not have. Choose 'tree_backup'"),
         (["--save_strategy", "best"], "keeps each method's best weights by success itself"),
         (["--resume_from_checkpoint", "nope"], "the same command with the same `output_dir` goes on by itself"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .agent_format import AgentFormat, check_format
@@ -56,7 +57,8 @@ class EnvEvaluationCallback(TrainerCallback):
     Attributes:
         history: one record an evaluation, in order: `step`, `success_rate` with its 95 % Wilson interval `low` to
             `high`, `mean_return`, `return_low`, `return_high`, `mean_turns`, `valid_rate`, `episodes`, `seconds` (of
-            the evaluation) and `train_seconds` (since training began, evaluations left out).
+            the evaluation) and `train_seconds` (since training began, evaluations left out); of a trainer that
+            collects play also `env_turns`, environment turns so far.
         best: the best record, None before the first evaluation.
 
     The records also go to the trainer's `state.log_history` (`env_success_rate`, ...) and, if the trainer reports to
@@ -201,6 +203,9 @@ class EnvEvaluationCallback(TrainerCallback):
             "seconds": seconds,
             "train_seconds": start - self._began - self._evaluating,
         }
+        collected = [log["env_turns"] for log in state.log_history if "env_turns" in log]
+        if collected:
+            record["env_turns"] = collected[-1]
         self._evaluating += seconds
         self.history.append(record)
         if self.best is None or _rank(record) >= _rank(self.best):
@@ -222,6 +227,24 @@ class EnvEvaluationCallback(TrainerCallback):
                     self._best_weights[name].copy_(parameter)
                 else:
                     self._best_weights[name] = parameter.detach().to("cpu", copy=True)
+
+
+def newest_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint in `output_dir` that was written to its end; None if there is none.
+
+    The trainer's state is the last file of a checkpoint, so that one without, or with half of it, was interrupted.
+    """
+
+    def whole(state: Path) -> bool:
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            return False
+        return True
+
+    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    folders = [state.parent for state in found if whole(state)]
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -11,7 +11,7 @@ Axes: B rows of the batch (R turns, then the bootstrap rows), T tokens, S segmen
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,47 +84,61 @@ class SegmentDataset(TorchDataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
-        index = self.index
-        rows = [int(r) for r in rows]
-        follows = [i > 0 and r == rows[i - 1] + 1 and index.turn[r] > 0 for i, r in enumerate(rows)]
-        ends = [i + 1 == len(rows) or not follows[i + 1] for i in range(len(rows))]
-        ends = [end and self.with_bootstrap for end in ends]
-        next_rows = [
-            r + 1
-            for r, end in zip(rows, ends, strict=True)
-            if end and not index.terminated[r] and not index.truncated[r]
-        ]
-        records = self._read(rows + next_rows)
-        following = iter(records[len(rows) :])
-        segment = -1
-        items = []
-        for i, row in enumerate(rows):
-            record = records[i]
-            final = {"prompt": record.pop("final_prompt", None), "images": record.pop("final_images", None) or []}
-            bootstrap = None
-            if ends[i] and not index.terminated[row]:
-                if index.truncated[row]:
-                    bootstrap = final
-                else:
-                    successor = next(following)
-                    bootstrap = {"prompt": successor["prompt"], "images": successor.get("images") or []}
-            segment += not follows[i]
-            items.append(
-                {
-                    **record,
-                    "row": row,
-                    "segment": segment,
-                    "reward": float(index.reward[row]),
-                    "terminated": bool(index.terminated[row]),
-                    "return_to_go": float(self.return_to_go[row]),
-                    "bootstrap": bootstrap,
-                }
-            )
-        return items
+        return segment_items(rows, self.index, self.return_to_go, self._read, self.with_bootstrap)
 
     def _read(self, rows: list[int]) -> list[dict[str, Any]]:
         columns = self.dataset[rows]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def segment_items(
+    rows: Sequence[int] | np.ndarray,
+    scalars: Any,
+    return_to_go: Any,
+    read: Callable[[list[int]], list[dict[str, Any]]],
+    with_bootstrap: bool = True,
+) -> list[dict[str, Any]]:
+    """The collator's items of the given rows, in order; neighbours of one episode become one segment.
+
+    Args:
+        rows: row numbers; a row that follows its predecessor in the data, within an episode, continues its segment.
+        scalars: an `EpisodeIndex` or a `ReplayBuffer`: its `turn`, `reward`, `terminated` and `truncated` are asked.
+        return_to_go: of each row; takes an array of row numbers.
+        read: row numbers -> records with the columns of `TURN_COLUMNS`.
+        with_bootstrap: whether segments that do not end their episode carry the observation after them.
+    """
+    numbers = np.asarray(rows, dtype=np.int64)
+    turn, reward = scalars.turn[numbers], scalars.reward[numbers]
+    terminated, truncated, to_go = scalars.terminated[numbers], scalars.truncated[numbers], return_to_go[numbers]
+    follows = np.zeros(len(numbers), dtype=bool)
+    follows[1:] = (numbers[1:] == numbers[:-1] + 1) & (turn[1:] > 0)
+    ends = np.append(~follows[1:], True) & with_bootstrap
+    successors = numbers[ends & ~terminated & ~truncated] + 1
+    records = read([*numbers.tolist(), *successors.tolist()])
+    following = iter(records[len(numbers) :])
+    segment = np.cumsum(~follows) - 1
+    items = []
+    for i, record in enumerate(records[: len(numbers)]):
+        final = {"prompt": record.pop("final_prompt", None), "images": record.pop("final_images", None) or []}
+        bootstrap = None
+        if ends[i] and not terminated[i]:
+            if truncated[i]:
+                bootstrap = final
+            else:
+                successor = next(following)
+                bootstrap = {"prompt": successor["prompt"], "images": successor.get("images") or []}
+        items.append(
+            {
+                **record,
+                "row": int(numbers[i]),
+                "segment": int(segment[i]),
+                "reward": float(reward[i]),
+                "terminated": bool(terminated[i]),
+                "return_to_go": float(to_go[i]),
+                "bootstrap": bootstrap,
+            }
+        )
+    return items
 
 
 @dataclass

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
 
-Contents: `stop_token_ids`, `ModelPolicy`, `evaluate_model`.
+Contents: `stop_token_ids`, `ModelPolicy`, `TokenLogProbs`, `evaluate_model`.
 """
 
 from hashlib import sha256
@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .agent_format import AgentFormat
+from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, episode_metrics, play_episodes
 from .trajectory import flatten_content
 
@@ -59,6 +66,16 @@ class ModelPolicy:
         temperature: 0 is greedy.
         max_completion_length: longest response in tokens.
         batch_size: largest number of rows in one `generate`.
+        logprobs: give each response its tokens' log-probabilities under the sampling distribution, softmax of the
+            logits over the temperature. Only sampling has them.
+
+    Attributes:
+        responses, retokenized: with `logprobs`, how many responses there were, and how many of them without
+            log-probabilities: their text is tokenised otherwise than it was sampled (a word in two pieces), so that
+            training will see other tokens than those that were drawn.
+
+    Raises:
+        ValueError: `logprobs` with temperature 0.
     """
 
     def __init__(
@@ -69,8 +86,13 @@ class ModelPolicy:
         temperature: float = 0.0,
         max_completion_length: int = 256,
         batch_size: int = 64,
+        logprobs: bool = False,
     ):
+        if logprobs and not temperature:
+            raise ValueError("`logprobs=True` needs a temperature above 0: a greedy answer has no distribution.")
         self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
+        self.temperature, self.logprobs = temperature, logprobs
+        self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         sampling = {"do_sample": True, "temperature": temperature, **FULL_SUPPORT} if temperature else {}
         self.generation_config = GenerationConfig(
@@ -80,21 +102,20 @@ class ModelPolicy:
             eos_token_id=stop_token_ids(processing_class, model.generation_config),
             use_cache=True,
         )
-        self.memory: dict[Any, str] | None = None if temperature else {}
+        self.stop_tokens = set(self.generation_config.eos_token_id)
+        self.memory: dict[Any, Response] | None = None if temperature else {}
 
     def act(self, requests: list[Request]) -> list[Response]:
-        """Answers all requests, each with the text of its response."""
+        """Answers all requests."""
         rows = [self._render(request) for request in requests]
         if self.memory is None:
-            texts = self._generate_all(rows)
-        else:
-            keys = [
-                (text, *((image.shape, sha256(image.tobytes()).digest()) for image in images)) for text, images in rows
-            ]
-            new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
-            self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
-            texts = [self.memory[key] for key in keys]
-        return [Response(text=text) for text in texts]
+            return self._generate_all(rows)
+        keys = [
+            (text, *((image.shape, sha256(image.tobytes()).digest()) for image in images)) for text, images in rows
+        ]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
+        self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
+        return [self.memory[key] for key in keys]
 
     def _render(self, request: Request) -> tuple[str, list[np.ndarray]]:
         prompt = prepare_multimodal_messages(request.prompt, images=list(request.images))
@@ -102,15 +123,15 @@ class ModelPolicy:
             prompt = flatten_content(prompt)
         return apply_chat_template({"prompt": prompt}, self.processing_class)["prompt"], list(request.images)
 
-    def _generate_all(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[str]:
+    def _generate_all(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[Response]:
         return [
-            text
+            response
             for start in range(0, len(rows), self.batch_size)
-            for text in self._generate(rows[start : start + self.batch_size])
+            for response in self._generate(rows[start : start + self.batch_size])
         ]
 
     @torch.no_grad()
-    def _generate(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[str]:
+    def _generate(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[Response]:
         images = [images for _, images in rows]
         kwargs = {"images": images} if any(images) else {}
         inputs = self.processing_class(
@@ -121,8 +142,69 @@ class ModelPolicy:
             add_special_tokens=False,
             **kwargs,
         ).to(self.model.device)
-        tokens = self.model.generate(**inputs, generation_config=self.generation_config)
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        recorder = TokenLogProbs(self.temperature) if self.logprobs else None
+        sequences = self.model.generate(
+            **inputs,
+            generation_config=self.generation_config,
+            logits_processor=LogitsProcessorList([recorder] if recorder else []),
+        )
+        tokens = sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        if recorder is None:
+            return [Response(text) for text in texts]
+        log_probs = recorder.finish(tokens).tolist()
+        return [
+            Response(text, self._aligned(text, row, values))
+            for text, row, values in zip(texts, tokens.tolist(), log_probs, strict=True)
+        ]
+
+    def _aligned(self, text: str, tokens: list[int], log_probs: list[float]) -> list[float] | None:
+        """The log-probabilities of the sampled tokens, end token included, if `text` has these very tokens again when
+        it is a completion in training; else None.
+
+        Args:
+            tokens, log_probs: of one row, padded after its end.
+        """
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
+        multimodal = isinstance(self.processing_class, ProcessorMixin)
+        example = {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": ""}] if multimodal else ""}],
+            "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}] if multimodal else text}],
+        }
+        completion = apply_chat_template(example, self.processing_class)["completion"]
+        learned = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        self.responses += 1
+        if learned[:end] == tokens[:end]:
+            return log_probs[:end]
+        self.retokenized += 1
+        return None
+
+
+class TokenLogProbs(LogitsProcessor):
+    """Records log pi(a_t|s_t) of the tokens that `generate` samples, keeping one step's [B, V] at a time.
+
+    Args:
+        temperature: of the sampling, which `generate` applies after this processor.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.previous: torch.Tensor | None = None  # [B, V] of the token that is sampled next
+        self.taken: list[torch.Tensor] = []  # [B] a token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._take(input_ids[:, -1])
+        self.previous = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def _take(self, tokens: torch.Tensor) -> None:
+        if self.previous is not None:
+            self.taken.append(self.previous.gather(1, tokens[:, None])[:, 0])
+
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T] log-probabilities of all generated `tokens` [B, T]; what follows a row's end means nothing."""
+        self._take(tokens[:, -1])
+        return torch.stack(self.taken, dim=1)
 
 
 def evaluate_model(
@@ -136,6 +218,9 @@ def evaluate_model(
     num_envs: int = 64,
     max_completion_length: int = 256,
     agent_format: AgentFormat | None = None,
+    workers: bool = False,
+    env_timeout: float | None = None,
+    recorder: EpisodeRecorder | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Plays episodes with a model and measures them (`metrics.EpisodeMetrics`).
@@ -145,8 +230,9 @@ def evaluate_model(
 
     Args:
         model: anything with `generate`.
-        env, episodes, seed, num_envs, agent_format, progress: as `rollout.play_episodes`.
+        env, episodes, seed, num_envs, agent_format, workers, env_timeout, progress: as `rollout.play_episodes`.
         temperature, max_completion_length: as `ModelPolicy`.
+        recorder: writes the first episodes down, to be looked at.
     """
     policy = ModelPolicy(
         model,
@@ -161,16 +247,17 @@ def evaluate_model(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            return episode_metrics(
-                play_episodes(
-                    env,
-                    policy,
-                    episodes=episodes,
-                    seed=seed,
-                    agent_format=agent_format,
-                    num_envs=num_envs,
-                    progress=progress,
-                )
+            played = play_episodes(
+                env,
+                policy,
+                episodes=episodes,
+                seed=seed,
+                agent_format=agent_format,
+                num_envs=num_envs,
+                workers=workers,
+                env_timeout=env_timeout,
+                progress=progress,
             )
+            return episode_metrics(played if recorder is None else recorder.watch(played))
     finally:
         model.train(was_training)

@@ -72,6 +72,48 @@ class VLMQConfig(SFTConfig):
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             First updates during which every token is kept, while the critic learns.
 
+        > Parameters that control the collection, for a trainer that has an `env`
+
+        offline_steps (`int`, *optional*, defaults to `0`):
+            First updates, which learn from the offline data alone; then rounds of collection and learning follow.
+        turns_per_round (`int`, *optional*, defaults to `512`):
+            Environment turns that a round collects; whole episodes, so that it may be a few more.
+        updates_per_turn (`float`, *optional*, defaults to `0.2`):
+            Updates after each collected turn: a round is followed by `turns_per_round * updates_per_turn` of them.
+        max_env_turns (`int`, *optional*):
+            Budget of environment turns; further updates learn from what there is. Without `max_steps`, training ends
+            when the budget is spent and learned from.
+        replay_warmup_turns (`int`, *optional*, defaults to `0`):
+            Turns that the first round collects, where that is more than `turns_per_round`.
+        online_fraction (`float`, *optional*, defaults to `0.75`):
+            Share of each batch's turns that comes from the collected data, the rest from the offline data.
+        online_fraction_start (`float`, *optional*):
+            The share after `offline_steps`, from which it moves to `online_fraction`; constant when not given.
+        online_fraction_steps (`int`, *optional*, defaults to `0`):
+            Updates that it moves for, linearly.
+        replay_dir (`str`, *optional*):
+            Folder of the replay buffer, on a disk of this machine; `output_dir/replay` when not given.
+        replay_capacity (`int`, *optional*):
+            Collected turns that the buffer keeps, the newest; all when not given. Offline data is always kept.
+        rollout_num_envs (`int`, *optional*, defaults to `16`):
+            Environments that collect at once.
+        rollout_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature of the collecting policy; above 0.
+        rollout_seed (`int`, *optional*, defaults to `10_000_000`):
+            Seed of the first collected episode; the evaluation's must lie below it.
+        rollout_workers (`bool`, *optional*, defaults to `False`):
+            Give each environment, in evaluations too, a process of its own.
+        env_timeout (`float`, *optional*):
+            Seconds that an environment with a process of its own may take for a reset or a step; no limit when not
+            given.
+        max_env_failures (`int`, *optional*, defaults to `10`):
+            Failures in a row after which collection stops with an error. A failing environment is made anew, its
+            episode dropped and counted.
+        async_collection (`bool`, *optional*, defaults to `False`):
+            Collect the next round in a thread, with a copy of the policy, while the model learns from the last one.
+        max_staleness (`int`, *optional*, defaults to `50`):
+            Updates that the copy may be behind when it answers.
+
         > Parameters that control the evaluation
 
         eval_episodes (`int`, *optional*, defaults to `200`):
@@ -83,7 +125,11 @@ class VLMQConfig(SFTConfig):
         eval_temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature of the evaluation; 0 is greedy.
         max_completion_length (`int`, *optional*, defaults to `256`):
-            Longest response in tokens.
+            Longest response in tokens, in evaluations and collection.
+        stop_at_success (`float`, *optional*):
+            End training once two evaluations in a row reach this success rate; never when not given.
+        record_episodes (`int`, *optional*, defaults to `0`):
+            Episodes that each evaluation during training writes to `output_dir/episodes` as GIF and JSON lines.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
@@ -125,12 +171,43 @@ class VLMQConfig(SFTConfig):
     filter_max_weight: float = field(default=20.0, metadata={"help": "Largest weight of the exponential filter."})
     critic_warmup_steps: int = field(default=0, metadata={"help": "First updates that keep every token."})
 
+    # Collection
+    offline_steps: int = field(default=0, metadata={"help": "First updates, from the offline data alone."})
+    turns_per_round: int = field(default=512, metadata={"help": "Environment turns that a round collects."})
+    updates_per_turn: float = field(default=0.2, metadata={"help": "Updates after each collected turn."})
+    max_env_turns: int | None = field(default=None, metadata={"help": "Budget of environment turns; None: no limit."})
+    replay_warmup_turns: int = field(default=0, metadata={"help": "Turns of the first round, if more than others'."})
+    online_fraction: float = field(default=0.75, metadata={"help": "Share of a batch that was collected online."})
+    online_fraction_start: float | None = field(
+        default=None, metadata={"help": "The share after `offline_steps`; default: `online_fraction`."}
+    )
+    online_fraction_steps: int = field(default=0, metadata={"help": "Updates from the one share to the other."})
+    replay_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the replay buffer; default: `output_dir/replay`."}
+    )
+    replay_capacity: int | None = field(default=None, metadata={"help": "Collected turns that are kept; None: all."})
+    rollout_num_envs: int = field(default=16, metadata={"help": "Environments that collect at once."})
+    rollout_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the collection."})
+    rollout_seed: int = field(default=10_000_000, metadata={"help": "Seed of the first collected episode."})
+    rollout_workers: bool = field(default=False, metadata={"help": "A process of its own for each environment."})
+    env_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that an environment in a process of its own may take; None: any."}
+    )
+    max_env_failures: int = field(default=10, metadata={"help": "Environment failures in a row that are borne."})
+    async_collection: bool = field(default=False, metadata={"help": "Collect while the model learns."})
+    max_staleness: int = field(default=50, metadata={"help": "Updates that an asynchronous policy may be behind."})
+
     # Evaluation
     eval_episodes: int = field(default=200, metadata={"help": "Episodes that an evaluation plays."})
     eval_num_envs: int = field(default=64, metadata={"help": "Environments played at once in an evaluation."})
     eval_seed: int = field(default=1_000_000, metadata={"help": "Seed of an evaluation's first episode."})
     eval_temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of evaluations; 0: greedy."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest response in tokens."})
+
+    stop_at_success: float | None = field(
+        default=None, metadata={"help": "End once two evaluations in a row reach this success; None: never."}
+    )
+    record_episodes: int = field(default=0, metadata={"help": "Episodes of each evaluation to write as GIF."})
 
     # Defaults that differ from SFTConfig
     max_length: int | None = field(
@@ -144,7 +221,7 @@ class VLMQConfig(SFTConfig):
         super().__post_init__()
         for name, kind in VLMQConfig.__annotations__.items():
             value = getattr(self, name)
-            if kind is int:
+            if kind is int or (kind == int | None and value is not None):
                 whole = isinstance(value, Integral) and not isinstance(value, bool)
                 self._require(whole, name, "must be an integer")
             elif kind is float or (kind == float | None and value is not None):
@@ -152,14 +229,52 @@ class VLMQConfig(SFTConfig):
                 self._require(number, name, "must be a finite number")
         for name in ("gamma", "token_gamma", "turn_lambda", "token_lambda"):
             self._require(0 <= getattr(self, name) <= 1, name, "must lie in [0, 1]")
-        for name in ("segment_length", "eval_episodes", "eval_num_envs", "max_completion_length"):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("critic_coef", "conservative_coef", "critic_warmup_steps", "eval_temperature", "eval_seed"):
+        for name in (
+            "segment_length",
+            "eval_episodes",
+            "eval_num_envs",
+            "max_completion_length",
+            "turns_per_round",
+            "max_env_turns",
+            "replay_capacity",
+            "rollout_num_envs",
+            "max_staleness",
+        ):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "must be at least 1")
+        for name in (
+            "critic_coef",
+            "conservative_coef",
+            "critic_warmup_steps",
+            "eval_temperature",
+            "eval_seed",
+            "offline_steps",
+            "replay_warmup_turns",
+            "online_fraction_steps",
+            "rollout_seed",
+            "max_env_failures",
+            "record_episodes",
+        ):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
-        for name in ("filter_temperature", "filter_max_weight"):
-            self._require(getattr(self, name) > 0, name, "must be positive")
+        for name in (
+            "filter_temperature",
+            "filter_max_weight",
+            "updates_per_turn",
+            "rollout_temperature",
+            "env_timeout",
+        ):
+            value = getattr(self, name)
+            self._require(value is None or value > 0, name, "must be positive")
+        for name in ("online_fraction", "online_fraction_start", "stop_at_success"):
+            value = getattr(self, name)
+            self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
         for name in ("target_tau", "target_norm_rate"):
             self._require(0 < getattr(self, name) <= 1, name, "must lie in (0, 1]")
+        if self.env_timeout is not None and not self.rollout_workers:
+            raise ValueError(
+                f"`env_timeout={self.env_timeout}` has no effect on an environment in this process, which cannot be "
+                "interrupted. Set `rollout_workers=True`."
+            )
         self._require(0 < self.value_expectile < 1, "value_expectile", "must lie strictly between 0 and 1")
         self._require(self.filter in FILTERS, "filter", f"must be one of {FILTERS}")
         self._require(self.off_policy_trace in TRACES, "off_policy_trace", f"must be one of {TRACES}")

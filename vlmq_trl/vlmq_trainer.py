@@ -7,6 +7,8 @@ Axes: R turns of a batch, S segments, L tokens of a segment, A action tokens (ro
 """
 
 import functools
+import itertools
+import json
 import shutil
 import time
 import warnings
@@ -23,7 +25,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoProcessor,
@@ -35,13 +37,15 @@ from transformers import (
     TrainerControl,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import losses
-from .agent_format import AgentFormat, check_format
+from .agent_format import AgentFormat, check_format, default_format
+from .callbacks import newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
 from .modeling import (
@@ -55,9 +59,12 @@ from .modeling import (
     load_pretrained,
     require_adapter_weights,
 )
+from .online import AsyncOnlineData, OnlineData, Schedule
 from .policy import evaluate_model
-from .rollout import EnvSpec, make_env
-from .trajectory import EpisodeIndex, validate_trajectories
+from .recorder import EpisodeRecorder
+from .replay import ReplayBuffer
+from .rollout import EnvSpec, Policy, Rollouts, make_env
+from .trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
@@ -90,16 +97,22 @@ class VLMQTrainer(SFTTrainer):
         model: a name or directory (whole model or PEFT adapter; a critic saved beside it is restored), a
             `PreTrainedModel`, a `PeftModel`, or an `AutoModelForImageTextToTextWithValueHead`.
         args: a `VLMQConfig`; default `VLMQConfig(f"{model}-VLMQ")`.
-        train_dataset: a trajectory dataset (`vlmq_trl.trajectory`), validated here.
+        train_dataset: a trajectory dataset (`vlmq_trl.trajectory`), validated here. May be left out with an `env`.
         eval_dataset: a trajectory dataset whose loss `evaluate` reports.
-        eval_env: a Gymnasium id or a factory, played by `evaluate`.
-        agent_format: how observations become messages and responses actions in `eval_env`; default the environment's.
+        env: a Gymnasium id or a factory. With it training goes online: rounds of collection, with the model as it
+            then is, alternate with updates, as `args` say; what was collected stays in a `ReplayBuffer` on disk.
+        eval_env: the same, played by `evaluate`; default `env`.
+        agent_format: how observations become messages and responses actions; default the environment's.
+        rollout_policy: collects in the model's place, such as a `ChatPolicy` that asks a server.
         optimizers: as in `SFTTrainer`; an optimiser that was made before there was a critic gets its heads added.
         processing_class, callbacks, optimizer_cls_and_kwargs, quantization_config, peft_config: as in `SFTTrainer`.
 
     Raises:
         TrajectoryError: the data does not follow the contract (names the row and the column).
-        ValueError: the critic saved beside the model does not match `args`.
+        ValueError: the critic saved beside the model does not match `args`; neither data nor environment.
+
+    `train` raises, after it has saved a checkpoint: EnvFailureError, when environments fail too often in a row;
+    FloatingPointError, when the loss is not finite.
     """
 
     _tag_names = ["trl", "vlmq"]
@@ -120,8 +133,10 @@ class VLMQTrainer(SFTTrainer):
         args: VLMQConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        env: EnvSpec | None = None,
         eval_env: EnvSpec | None = None,
         agent_format: AgentFormat | None = None,
+        rollout_policy: Policy | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -134,19 +149,26 @@ class VLMQTrainer(SFTTrainer):
             args = VLMQConfig(f"{name.split('/')[-1]}-VLMQ")
         elif not isinstance(args, VLMQConfig):
             raise TypeError(f"`args` must be a `VLMQConfig`, got `{type(args).__name__}`.")
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required: a trajectory dataset, see `collect_demonstrations`.")
-        self._index = validate_trajectories(train_dataset)
+        check_format(agent_format)
+        if train_dataset is None and env is None:
+            raise ValueError(
+                "Nothing to learn from: give a `train_dataset` (a trajectory dataset, see `collect_demonstrations`), "
+                "an `env` to collect in, or both."
+            )
+        self.env, self.rollout_policy = env, rollout_policy
+        self._online: OnlineData | None = None
+        eval_env = env if eval_env is None else eval_env
+        self._index = None if train_dataset is None else validate_trajectories(train_dataset)
+        first_look = None if env is None else self._check_online(args, train_dataset, agent_format)
         # By the dataset's id; the dataset is kept beside its index, so that no other can take its id.
         self._eval_indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
         for split in eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset]):
             self._index_of(split)
-        if args.off_policy_trace == "retrace" and not _has_log_probs(train_dataset):
+        if args.off_policy_trace == "retrace" and env is None and not _has_log_probs(train_dataset):
             raise ValueError(
                 "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
                 "data has `behavior_logprobs`. Choose 'tree_backup', which needs none."
             )
-        check_format(agent_format)
         if eval_env is not None:
             make_env(eval_env).close()  # an unknown id or a broken factory shows now, not at the first evaluation
         self.eval_env, self.agent_format = eval_env, agent_format
@@ -181,7 +203,7 @@ class VLMQTrainer(SFTTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=train_dataset,
+                train_dataset=first_look if train_dataset is None else train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=callbacks,
@@ -210,7 +232,7 @@ class VLMQTrainer(SFTTrainer):
         self._target_sums = torch.zeros(3, device=args.device)
         self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._last_log = (time.perf_counter(), 0)
-        self.add_callback(_AfterUpdate(self))
+        self.add_callback(_Hooks(self))
 
     @staticmethod
     def _known_critic(source: Any, args: VLMQConfig, hub_kwargs: dict[str, Any]) -> CriticConfig | None:
@@ -237,7 +259,7 @@ class VLMQTrainer(SFTTrainer):
             wrapped.critic = source.critic.to(wrapped.critic.target_mean.device)
         elif known is not None:
             wrapped.load_critic(source, **hub_kwargs)
-        if wrapped.critic.is_fresh:
+        if wrapped.critic.is_fresh and self._index is not None:
             returns = self._index.returns_to_go(self.args.gamma)
             wrapped.critic.initialize_moments(float(returns.mean()), float(returns.std()))
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
@@ -264,7 +286,12 @@ class VLMQTrainer(SFTTrainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of `per_device_train_batch_size` turns; one epoch sees every turn once."""
+        """Batches of `per_device_train_batch_size` turns; one epoch sees every turn once. Online, `get_batch_samples`
+        draws them, without end."""
+        if self.env is not None:
+            self._open_online(self.env)
+            return DataLoader(_DrawnOnline(), batch_size=None)
+        assert self._index is not None
         return self._get_dataloader(
             dataset=SegmentDataset(self.train_dataset, self._index, self.args.gamma, self._with_critic),
             description="Training",
@@ -297,6 +324,128 @@ class VLMQTrainer(SFTTrainer):
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         # The collator takes what `SegmentDataset` gives; there is no unused column to remove.
         return data_collator
+
+    # ---- online data ----
+
+    def _check_online(
+        self, args: VLMQConfig, train_dataset: Dataset | None, agent_format: AgentFormat | None
+    ) -> Dataset:
+        """Raises ValueError for what would go wrong later; returns one turn as the agent will see it."""
+        if args.world_size > 1:
+            raise ValueError("Collecting in an `env` needs a single process; train offline on several, or start one.")
+        schedule = Schedule.from_config(args)
+        if args.max_steps <= 0:
+            if schedule.num_updates is None:
+                raise ValueError("With an `env`, set `max_steps` (updates) or `max_env_turns` (a budget of turns).")
+            args.max_steps = schedule.num_updates
+        if train_dataset is None and args.offline_steps:
+            raise ValueError(f"`offline_steps={args.offline_steps}` needs a `train_dataset` to learn from.")
+        if args.eval_seed + args.eval_episodes > args.rollout_seed:
+            raise ValueError(
+                f"`rollout_seed={args.rollout_seed}`: collection would come to play the evaluation's episodes, seeds "
+                f"{args.eval_seed} to {args.eval_seed + args.eval_episodes - 1}. Move it above them."
+            )
+        if self.rollout_policy is not None and hasattr(self.rollout_policy, "check"):
+            self.rollout_policy.check()
+        first_look = _first_look(self.env, agent_format, args.rollout_seed)
+        with_images = "images" in first_look.column_names
+        if train_dataset is not None and ("images" in train_dataset.column_names) != with_images:
+            raise ValueError(
+                f"The environment shows {'pictures' if with_images else 'text only'}, the training data "
+                f"{'text only' if with_images else 'pictures'}: they are not of the same task."
+            )
+        return first_look
+
+    def _open_online(self, env: EnvSpec) -> None:
+        """The replay buffer, with the offline data in it, and the environments, for one call of `train`."""
+        args = self.args
+        buffer = ReplayBuffer(
+            args.replay_dir or Path(args.output_dir) / "replay",
+            capacity=args.replay_capacity,
+            gamma=args.gamma,
+            with_images="images" in self.train_dataset.column_names,
+        )
+        try:
+            if self._index is not None:
+                buffer.add_offline(self.train_dataset, self._index)
+            rollouts = Rollouts(
+                env,
+                agent_format=self.agent_format,
+                num_envs=args.rollout_num_envs,
+                seed=args.rollout_seed,
+                id_prefix="online",
+                workers=args.rollout_workers,
+                env_timeout=args.env_timeout,
+                max_env_failures=args.max_env_failures,
+            )
+        except BaseException:
+            buffer.close()
+            raise
+        kind = AsyncOnlineData if args.async_collection else OnlineData
+        self._online = kind(
+            args,
+            buffer,
+            rollouts,
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            policy=self.rollout_policy,
+            report=self.log,
+            progress=not args.disable_tqdm,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of the next update; online, after the collection that is due before it."""
+        if self._online is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        online, update = self._online, self.state.global_step
+        if update == 0:
+            online.check_run()
+        try:
+            online.advance(update)
+        except Exception:
+            self._save_before_stopping()
+            raise
+        if self._index is None and update == 0 and self._with_critic and self.model.critic.is_fresh:
+            returns = online.buffer.return_to_go[np.arange(online.end)]
+            self.model.critic.initialize_moments(float(returns.mean()), float(returns.std()))
+        first = update * self.args.gradient_accumulation_steps
+        batches = [
+            self.data_collator(online.items(update, first + k, self._train_batch_size)) for k in range(num_batches)
+        ]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir) or True
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self._online is not None:
+                self._online.close()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self.model.zero_grad()
+            self._save_before_stopping()
+            raise FloatingPointError(
+                f"The loss of update {self.state.global_step} is {loss.item()}. The weights are still those from "
+                "before it, and are saved. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
+            )
+        return loss
+
+    def _save_before_stopping(self) -> None:
+        """A checkpoint of what was learned so far; an error is coming that matters more than one in saving."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.state.global_step and not (folder / TRAINER_STATE_NAME).is_file():
+            try:
+                self._save_checkpoint(self.model, trial=None)
+                self.save_replay_manifest()
+            except Exception as error:
+                warnings.warn(f"No checkpoint could be saved: {error}", stacklevel=2)
 
     # ---- loss ----
 
@@ -334,6 +483,8 @@ class VLMQTrainer(SFTTrainer):
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         self._record_losses(mode, output, weights, {k: v.detach() for k, v in parts.items()}, inputs)
+        if "behavior_log_probs" in turns:
+            self._record_behavior_kl(mode, output.log_probs.detach(), turns["behavior_log_probs"])
         return (loss, output) if return_outputs else loss
 
     def _critic_losses(
@@ -469,6 +620,9 @@ class VLMQTrainer(SFTTrainer):
             num_envs=self.args.eval_num_envs,
             max_completion_length=self.args.max_completion_length,
             agent_format=self.agent_format,
+            workers=self.args.rollout_workers,
+            env_timeout=self.args.env_timeout,
+            recorder=self._recorder(),
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         played["runtime"] = time.perf_counter() - start
@@ -479,7 +633,16 @@ class VLMQTrainer(SFTTrainer):
         self.model.train(was_training)
         metrics.update(played)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_in_train and self.args.stop_at_success is not None:
+            rates = [entry["eval_success_rate"] for entry in self.state.log_history if "eval_success_rate" in entry]
+            self.control.should_training_stop |= len(rates) > 1 and min(rates[-2:]) >= self.args.stop_at_success
         return metrics
+
+    def _recorder(self) -> EpisodeRecorder | None:
+        if not self.args.record_episodes or not self.is_in_train or not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir) / "episodes" / f"step-{self.state.global_step:06d}"
+        return EpisodeRecorder(folder, self.args.record_episodes)
 
     @contextmanager
     def _quiet_callbacks(self) -> Iterator[None]:
@@ -536,6 +699,15 @@ class VLMQTrainer(SFTTrainer):
             self._total_train_tokens += int(total["input"])
         metrics["num_tokens"] = [self._total_train_tokens]
 
+    def _record_behavior_kl(self, mode: str, log_probs: Tensor, behavior: Tensor) -> None:
+        """KL(mu || pi) a token, by r - 1 - log r with r = pi / mu on the tokens whose log mu was recorded: unbiased,
+        and never negative (Schulman, 2020)."""
+        log_ratio = (log_probs - behavior)[~behavior.isnan()]
+        kl = log_ratio.exp() - 1 - log_ratio
+        total, count = self.accelerator.gather_for_metrics(kl.new_tensor([[kl.sum(), kl.numel()]])).sum(0).tolist()
+        if count:
+            self._metrics[mode]["behavior_kl"].append(total / count)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what happened since the last log: tokens per second, advantages, values and their calibration."""
         pending = self._recorded["train" if self.model.training else "eval"]
@@ -548,6 +720,9 @@ class VLMQTrainer(SFTTrainer):
             now, tokens = time.perf_counter(), self._total_train_tokens
             logs["tokens_per_second"] = (tokens - self._last_log[1]) / max(now - self._last_log[0], 1e-9)
             self._last_log = (now, tokens)
+        if self._online is not None:
+            is_update = self.model.training and "loss" in logs
+            logs |= self._online.logs() if is_update else {"env_turns": self._online.env_turns}
         if "advantage" in recorded:
             critic = self.model.critic
             logs[f"{prefix}target_mean"] = critic.target_mean.item()
@@ -583,6 +758,12 @@ class VLMQTrainer(SFTTrainer):
         self.processing_class.save_pretrained(output_dir)
         # `to_json_string` hides the tokens.
         (Path(output_dir) / CONFIG_NAME).write_text(self.args.to_json_string())
+
+    def save_replay_manifest(self) -> None:
+        """Beside a checkpoint's weights, what the replay buffer held then."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._online is not None and self.is_world_process_zero() and folder.is_dir():
+            (folder / "replay_manifest.json").write_text(json.dumps(self._online.buffer.manifest()) + "\n")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
@@ -640,14 +821,36 @@ class VLMQTrainer(SFTTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class _AfterUpdate(TrainerCallback):
-    """Runs `VLMQTrainer.after_update` after each optimiser step."""
+class _Hooks(TrainerCallback):
+    """What `VLMQTrainer` does between `Trainer`'s own steps: after each update, and at each checkpoint."""
 
     def __init__(self, trainer: VLMQTrainer):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.after_update()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.save_replay_manifest()
+
+
+class _DrawnOnline(IterableDataset):
+    """Stands where `Trainer` wants a dataset without a length; `VLMQTrainer.get_batch_samples` draws the batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.repeat({})
+
+
+def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> Dataset:
+    """One turn of the environment as the agent sees it, with an empty response."""
+    made = make_env(env)
+    try:
+        fmt = agent_format if agent_format is not None else default_format(made)
+        task = str(made.get_wrapper_attr("task")) if made.has_wrapper_attr("task") else ""
+        prompt, images = fmt.build_prompt(task, made.reset(seed=seed)[0])
+    finally:
+        made.close()
+    return dataset_from_episodes([Episode("first look", (Turn(prompt, images, "", 0.0),), True, False)])
 
 
 def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The online benchmark: success against environment turns, beside TRL's own `GRPOTrainer`.
+
+    python examples/benchmarks/online.py                       # all that is missing (hours), then the report
+    python examples/benchmarks/online.py --only 'NumberLine/*' --seeds 0
+    python examples/benchmarks/online.py --list                # what is done and what is not
+    python examples/benchmarks/online.py --report-only
+
+Every run starts from the embedded model, which reads and cannot play, and has a budget of environment turns. `online`
+is VLMQ after an offline start on 200 flawed episodes; `purely_online` is VLMQ from nothing. `grpo` starts from SFT on
+the same 200 episodes and learns single turns in their states, a group of answers to each, rewarded by the turn's own
+reward; `grpo_return` by the return of the episode, which the policy plays to its end for that. Every turn counts.
+Runs share the seeds of validation and test with one another, and with `learning.py` how they are kept: one JSON file a
+run, not computed again while its arguments are the present ones.
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.benchmarks.common import (
+    PAGE,
+    RESULTS,
+    ROOT,
+    clock,
+    describe,
+    machine,
+    markdown_table,
+    read_json,
+    run_workers,
+    versions,
+    write_json,
+    write_section,
+)
+from examples.benchmarks.learning import COMMON, FAST_BF16, SEEDS, STEP_BY_STEP, cells, pooled
+
+BUDGET = 15_000  # environment turns, RL4VLM's
+ENOUGH = 0.9  # of the validation, for "turns to"
+
+# Arguments of `train_gym_cards.py`. The later wins.
+ONLINE: dict[str, Any] = {
+    **COMMON,
+    "method": "vlmq",
+    "online": True,
+    "episodes": 200,
+    "max_env_turns": BUDGET,
+    "filter": "exp",
+    "off_policy_trace": "retrace",
+    "offline_steps": 100,
+    "turns_per_round": 500,
+    "updates_per_turn": 0.1,
+    "online_fraction": 0.75,
+    "eval_steps": 50,
+    "eval_episodes": 300,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "NumberLine": {"policy": "flawed:0.6", "max_completion_length": 48},
+    "EZPoints": {**STEP_BY_STEP, "policy": "flawed:0.6", "max_completion_length": 64},
+    "Blackjack": {
+        "policy": "flawed:0.6",
+        "max_completion_length": 96,
+        "gamma": 1.0,
+        "per_device_train_batch_size": 64,
+        "eval_steps": 150,
+        "eval_episodes": 2000,
+        "test_episodes": 10_000,
+        "sampled_test_episodes": 2000,
+    },
+    "Points24": {**STEP_BY_STEP, "policy": "flawed:0.3", "max_completion_length": 80, "eval_steps": 300},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "online": {},
+    "purely_online": {"episodes": 0, "offline_steps": 0},
+    "grpo": {},
+    "grpo_return": {},
+}
+NAMES = {
+    "online": "VLMQ, offline start, then online",
+    "purely_online": "VLMQ, purely online",
+    "grpo": "GRPO, the turn's reward",
+    "grpo_return": "GRPO, the episode's return",
+}
+# Of the peer. Found by trials of learning rates 1e-4, 3e-4 and 1e-3 with seed 0.
+GRPO: dict[str, Any] = {
+    "sft_steps": 100,
+    "learning_rate": 3e-4,
+    "num_generations": 8,
+    "per_device_train_batch_size": 64,
+    "temperature": 1.0,
+    "beta": 0.0,
+    "max_env_turns": BUDGET,
+    "eval_steps": 10,
+    "eval_episodes": 300,
+}
+TARGETS = {
+    ("NumberLine", "online"): 0.99,
+    ("EZPoints", "online"): 0.95,
+    ("Blackjack", "online"): 0.425,
+    ("NumberLine", "purely_online"): 0.95,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the benchmark with one seed."""
+
+    setting: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.method}/{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / "online" / self.setting / f"{self.method}-seed{self.seed}.json"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        peer = self.method.startswith("grpo")
+        return {
+            **ONLINE,
+            **SETTINGS[self.setting],
+            **METHODS[self.method],
+            **(GRPO if peer else {}),
+            "game": self.setting,
+            "seed": self.seed,
+            "collection_seed": 100_000 * self.seed,
+            "rollout_seed": 10_000_000 + 1_000_000 * self.seed,
+            "test_seed": 2_000_000 + 100_000 * self.seed,
+        }
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured; None if nothing was, or with other arguments than the present ones."""
+        found = read_json(self.path)
+        return found if found is not None and found["arguments"] == self.arguments else None
+
+
+def all_runs() -> list[Run]:
+    lines = [(setting, "online") for setting in SETTINGS]
+    lines += [("NumberLine", "purely_online")]
+    lines += [(setting, method) for setting in ("NumberLine", "EZPoints") for method in ("grpo", "grpo_return")]
+    return [Run(*line, seed) for seed in SEEDS for line in lines]
+
+
+# ---- one run, in a process of its own ----
+
+
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+
+
+def work(name: str) -> None:
+    """Computes one run and writes its JSON."""
+    setting, method, seed = name.split("/")
+    run = Run(setting, method, int(seed))
+    output = ROOT / "runs" / "benchmarks" / "online" / name
+    start = time.perf_counter()
+    measured = grpo(run, output) if method.startswith("grpo") else vlmq(run, output)
+    write_json(
+        run.path,
+        {
+            "run": name,
+            "command": f"python examples/benchmarks/online.py --only {setting}/{method} --seeds {seed}",
+            "arguments": run.arguments,
+            "bf16": FAST_BF16,
+            "machine": machine(),
+            "versions": versions(),
+            "wall_seconds": time.perf_counter() - start,
+            **measured,
+        },
+    )
+
+
+def vlmq(run: Run, output: Path) -> dict[str, Any]:
+    from examples import train_gym_cards
+
+    argv = as_flags({**run.arguments, "bf16": FAST_BF16, "before_episodes": 0, "output_dir": output})
+    found = train_gym_cards.main([*argv, "--disable_tqdm", "true", "--save_steps", "200"])
+    return {"data": found["data"], **found["methods"]["vlmq"]}
+
+
+def grpo(run: Run, output: Path) -> dict[str, Any]:
+    """TRL's `GRPOTrainer` on single turns, after SFT on the same episodes."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from examples import train_gym_cards
+    from vlmq_trl import EnvEvaluationCallback, ModelPolicy
+    from vlmq_trl.trajectory import validate_trajectories
+
+    arguments = run.arguments
+    own = {name: arguments[name] for name in ("game", "policy", "episodes", "seed", "collection_seed", "test_seed")}
+    own |= {name: arguments[name] for name in ("max_completion_length", "eval_episodes", "test_episodes")}
+    sft = {**own, "method": "sft", "max_steps": arguments["sft_steps"], "eval_steps": arguments["sft_steps"]}
+    sft |= {"bf16": FAST_BF16, "before_episodes": 0, "disable_tqdm": True, "save_strategy": "no"}
+    sft |= {"test_episodes": 1, "output_dir": output / "start"}
+    train_gym_cards.main(as_flags(sft))
+    script, args, _ = train_gym_cards.parse(as_flags({**own, "method": "sft", "disable_tqdm": True}))
+    dataset = train_gym_cards.load_data(script)
+    index = validate_trajectories(dataset, check_images="none")
+    # A state is a seed and the actions since.
+    before = [
+        dataset["action"][int(index.first_row[e]) : int(index.first_row[e]) + int(turn)]
+        for e, turn in zip(index.row_episode, index.turn, strict=True)
+    ]
+    states = dataset.select_columns(["prompt", "images", "seed"]).add_column("actions", before)
+    model = AutoModelForImageTextToText.from_pretrained(output / "start" / "sft")
+    processor = AutoProcessor.from_pretrained(output / "start" / "sft")
+    counted = {"turns": 0}
+    to_the_end = run.method == "grpo_return"
+
+    def rewards(completions: list[list[dict[str, str]]], seed: list[int], actions: list[list[str]], **_: Any) -> list:
+        policy = ModelPolicy(
+            model, processor, temperature=arguments["temperature"], max_completion_length=args.max_completion_length
+        )
+        model.eval()
+        texts = [completion[-1]["content"] for completion in completions]
+        found = play_on(script.env_id, seed, actions, texts, policy if to_the_end else None, counted)
+        model.train()
+        trainer.state.log_history.append({"env_turns": counted["turns"], "step": trainer.state.global_step})
+        return found
+
+    class Budget(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= counted["turns"] >= arguments["max_env_turns"]
+
+    evaluation = EnvEvaluationCallback(
+        script.env_id,
+        eval_steps=arguments["eval_steps"],
+        episodes=arguments["eval_episodes"],
+        seed=args.eval_seed,
+        max_completion_length=args.max_completion_length,
+    )
+    names = ("learning_rate", "num_generations", "per_device_train_batch_size", "temperature", "beta", "seed")
+    config = GRPOConfig(
+        output_dir=str(output / "grpo"),
+        **{name: arguments[name] for name in names},
+        max_completion_length=args.max_completion_length,
+        max_steps=100_000,  # the budget ends it
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10,
+        bf16=FAST_BF16,
+        activation_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
+    trainer = GRPOTrainer(
+        model, rewards, config, train_dataset=states, processing_class=processor, callbacks=[evaluation, Budget()]
+    )
+    trainer.train()
+    evaluation.restore_best(trainer.model)
+    assert evaluation.best is not None
+    return {
+        "history": evaluation.history,
+        "best_step": evaluation.best["step"],
+        "train_seconds": evaluation.history[-1]["train_seconds"],
+        **train_gym_cards.test_model(trainer.model, processor, script, args),
+    }
+
+
+def play_on(
+    env_id: str,
+    seeds: list[int],
+    actions: list[list[str]],
+    responses: list[str],
+    policy: Any,
+    counted: dict[str, int],
+) -> list[float]:
+    """Undiscounted rewards of responses in states that are reached again by their seed and actions.
+
+    Args:
+        policy: plays each episode to its end; None stops after the turn.
+        counted: `turns` is raised by each turn that a policy has decided on.
+    """
+    import gymnasium
+    import numpy as np
+
+    from vlmq_trl.agent_format import default_format
+    from vlmq_trl.rollout import Request
+
+    envs = [gymnasium.make(env_id) for _ in responses]
+    fmt = default_format(envs[0])
+    rewards, waiting = [0.0] * len(envs), []
+    for k, (env, seed, done) in enumerate(zip(envs, seeds, actions, strict=True)):
+        env.reset(seed=seed)
+        for action in done:
+            env.step(action)
+        waiting.append((k, responses[k]))
+    while waiting:
+        running = []
+        for k, response in waiting:
+            parsed = fmt.parse(response)
+            observation, reward, terminated, truncated, _ = envs[k].step(parsed.action if parsed.valid else "")
+            rewards[k] += float(reward)
+            counted["turns"] += 1
+            if policy is not None and not (terminated or truncated):
+                running.append((k, fmt.build_prompt(envs[k].get_wrapper_attr("task"), observation)))
+        rng = np.random.default_rng(0)
+        answers = policy.act([Request(envs[k], *prompt, rng) for k, prompt in running]) if running else []
+        waiting = [(k, answer.text) for (k, _), answer in zip(running, answers, strict=True)]
+    for env in envs:
+        env.close()
+    return rewards
+
+
+# ---- the report ----
+
+
+def finished(setting: str, method: str) -> list[dict[str, Any]]:
+    return [r for seed in SEEDS if (r := Run(setting, method, seed).result()) is not None]
+
+
+def turns_to(result: dict[str, Any], rate: float = ENOUGH) -> int | None:
+    """Environment turns at the first validation that reaches the rate; None if none does."""
+    return next((record.get("env_turns", 0) for record in result["history"] if record["success_rate"] >= rate), None)
+
+
+def row(setting: str, method: str, results: list[dict[str, Any]], solvable: bool = False) -> list[str]:
+    reached = [turns_to(result) for result in results]
+    turns = [result["history"][-1].get("env_turns", 0) for result in results]
+    return [
+        NAMES[method],
+        *cells(pooled(results, "greedy", solvable)),
+        *cells(pooled(results, "sampled", solvable)),
+        ", ".join("–" if t is None else f"{t:,}" for t in reached),
+        ", ".join(f"{t:,}" for t in turns),
+    ]
+
+
+HEADER = ["", "greedy, %", "seeds", "sampled, %", "seeds", f"turns to {100 * ENOUGH:.0f} %", "turns in all"]
+
+
+def target_rows() -> list[list[str]]:
+    rows = []
+    for (setting, method), target in TARGETS.items():
+        level = pooled(finished(setting, method), "greedy")
+        found = ["–", "not run"]
+        if level is not None:
+            seeds = "" if level["seeds"] == len(SEEDS) else f" ({level['seeds']} of {len(SEEDS)} seeds)"
+            found = [f"{100 * level['rate']:.1f}{seeds}", "reached" if level["rate"] >= target else "**missed**"]
+        rows.append([f"{setting}, {NAMES[method]}: at least {100 * target:g} %, greedy", *found])
+    return rows
+
+
+def report() -> None:
+    """Writes the generated part of docs/results.md, and docs/online_curves.png."""
+    done = [result for run in all_runs() if (result := run.result()) is not None]
+    if not done:
+        write_section(PAGE, "online", "Nothing has been measured yet: run `python examples/benchmarks/online.py`.")
+        return
+    hours = sum(r["wall_seconds"] for r in done) / 3600
+    parts = [
+        f"{len(done)} of {len(all_runs())} runs, {hours:.1f} hours of computing, "
+        f"on: {'; '.join(sorted({describe(r['machine']) for r in done}))}. "
+        + ", ".join(f"{name} {number}" for name, number in done[-1]["versions"].items())
+        + f".\n\nA budget of {BUDGET:,} environment turns, after an offline start on 200 flawed episodes (60 % of "
+        "the actions systematically wrong, in Points24 30 %). Tests as above. `turns to`: environment turns, seed by "
+        f"seed, at the first greedy validation that reaches {100 * ENOUGH:.0f} %. Settings: `online.py`.\n\n"
+        "![Success against turns](online_curves.png)",
+        "### Online targets\n\n" + markdown_table(["target", "measured", ""], target_rows()),
+    ]
+    for setting in SETTINGS:
+        rows = [row(setting, method, found) for method in METHODS if (found := finished(setting, method))]
+        if rows:
+            parts.append(f"### {setting}, online\n\n" + markdown_table(HEADER, rows))
+        if rows and setting == "Points24":
+            rows = [row(setting, method, found, True) for method in METHODS if (found := finished(setting, method))]
+            parts.append("Of the hands that have a solution:\n\n" + markdown_table(HEADER, rows))
+    write_section(PAGE, "online", "\n\n".join(parts))
+    plot(ROOT / "docs" / "online_curves.png")
+
+
+def plot(path: Path) -> None:
+    """Validation success against environment turns: each seed a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [setting for setting in SETTINGS if any(finished(setting, method) for method in METHODS)]
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5.5 * columns, 3.8 * rows), dpi=110, squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.remove()
+    for axes, setting in zip(panels.flat, shown, strict=False):
+        for number, method in enumerate(METHODS):
+            for k, result in enumerate(finished(setting, method)):
+                turns = [record.get("env_turns", 0) for record in result["history"]]
+                rates = [100 * record["success_rate"] for record in result["history"]]
+                axes.plot(turns, rates, color=f"C{number}", alpha=0.8, label=NAMES[method] if k == 0 else None)
+        axes.set(title=setting, xlabel="environment turns", ylabel="success in %", ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# ---- command line ----
+
+
+def main() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="runs as SETTING/METHOD, may use *"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), choices=SEEDS)
+    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at once, each in a process of its own")
+    parser.add_argument("--list", action="store_true", help="show the runs and stop")
+    parser.add_argument("--report-only", action="store_true", help="write the report and stop")
+    parser.add_argument("--work", metavar="RUN", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work)
+        return 0
+    if options.report_only:
+        report()
+        return 0
+    runs = [
+        run
+        for run in all_runs()
+        if run.seed in options.seeds and any(fnmatch(f"{run.setting}/{run.method}", p) for p in options.only)
+    ]
+    if not runs:
+        parser.error(f"no run matches {options.only}; see --list")
+    missing = [run for run in runs if run.result() is None]
+    if options.list:
+        for run in runs:
+            result = run.result()
+            state = f"greedy {100 * result['greedy']['success_rate']:5.1f} %" if result else "missing"
+            print(f"{run.name:<40}{'other arguments' if run in missing and run.path.is_file() else state}")
+        return 0
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done.")
+    failed = []
+    commands = [(run.name, [str(Path(__file__).resolve()), "--work", run.name]) for run in missing]
+    logs = ROOT / "runs" / "benchmarks" / "online" / "logs"
+    ended = run_workers(commands, options.jobs, max(1, cores // options.jobs), logs)
+    for count, (name, succeeded, seconds, log) in enumerate(ended, 1):
+        if not succeeded:
+            failed.append(name)
+        outcome = "done" if succeeded else f"FAILED, see {log.relative_to(ROOT)}"
+        print(f"[{count}/{len(missing)}] {name}: {outcome} ({clock(seconds)})", flush=True)
+        report()
+    report()
+    print(f"Report: {PAGE.relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training online: the schedule, the data of a batch, resuming, what goes wrong, collection while learning."""
+
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from tests import tiny_models
+from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
+from vlmq_trl.agent_format import PlainFormat
+from vlmq_trl.env_pool import EnvFailureError
+from vlmq_trl.online import Schedule, changing, copy_of_policy, online_fraction
+from vlmq_trl.policy import ModelPolicy
+from vlmq_trl.replay import ReplayBuffer, load_replay
+from vlmq_trl.rollout import Response
+from vlmq_trl.trajectory import episodes_from_dataset, validate_trajectories
+from vlmq_trl.vlmq_trainer import VLMQTrainer
+
+SMALL = {
+    "max_steps": 6,
+    "turns_per_round": 15,
+    "updates_per_turn": 2 / 15,
+    "rollout_num_envs": 2,
+    "max_completion_length": 3,
+    "lr_scheduler_type": "constant",
+}
+
+
+def make_trainer(
+    output_dir, *, dataset=None, env=TextNumberLine, name="llama", init=None, callbacks=None, **kwargs
+) -> VLMQTrainer:
+    model, processor = tiny_models.build(name)
+    return VLMQTrainer(
+        model,
+        config(output_dir, **{**SMALL, **kwargs}),
+        train_dataset=dataset,
+        env=env,
+        agent_format=PlainFormat(),
+        processing_class=processor,
+        callbacks=callbacks,
+        **(init or {}),
+    )
+
+
+def step_logs(trainer) -> list[dict]:
+    ignored = ("tokens_per_second", "num_tokens")
+    return [{k: v for k, v in e.items() if k not in ignored} for e in trainer.state.log_history if "loss" in e]
+
+
+def collected(output_dir) -> list:
+    return list(episodes_from_dataset(load_replay(output_dir / "replay", "online")))
+
+
+def assert_same_run(one, other):
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert collected_of(one) == collected_of(other)
+
+
+def collected_of(trainer) -> list:
+    return collected(Path(trainer.args.output_dir))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# ---- the schedule ----
+
+
+def test_the_worked_example():
+    schedule = Schedule(offline_steps=10, turns_per_round=100, updates_per_round=20, warmup_turns=150, max_turns=300)
+    assert [schedule.rounds_before(update) for update in (0, 9, 10, 29, 30, 49, 50, 10**6)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [schedule.turns_after(round) for round in (1, 2, 3)] == [150, 250, 300]
+    assert (schedule.num_rounds, schedule.num_updates) == (3, 70)
+
+
+def test_without_a_budget_rounds_go_on():
+    schedule = Schedule(offline_steps=0, turns_per_round=10, updates_per_round=1)
+    assert (schedule.num_rounds, schedule.num_updates) == (None, None)
+    assert schedule.rounds_before(999) == 1000 and schedule.turns_after(1000) == 10_000
+
+
+def test_a_budget_below_one_round():
+    schedule = Schedule(offline_steps=3, turns_per_round=10, updates_per_round=4, max_turns=7)
+    assert (schedule.num_rounds, schedule.num_updates, schedule.turns_after(1)) == (1, 7, 7)
+
+
+def test_the_share_of_collected_turns(tmp_path):
+    args = config(tmp_path, offline_steps=2, online_fraction_start=0.2, online_fraction=0.8, online_fraction_steps=4)
+    shares = [online_fraction(args, update) for update in range(8)]
+    assert shares == pytest.approx([0, 0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.8])
+    assert [online_fraction(config(tmp_path, online_fraction=0.4), u) for u in (0, 99)] == [0.4, 0.4]
+
+
+# ---- a run ----
+
+
+def test_from_offline_to_online(tmp_path):
+    """Offline first, then rounds; the policy that collected is the one that learns from it at once."""
+    dataset = text_number_line()
+    trainer = make_trainer(
+        tmp_path, dataset=dataset, offline_steps=2, online_fraction=1.0, save_strategy="steps", save_steps=3
+    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    logs = step_logs(trainer)
+    assert [log["round"] for log in logs] == [0, 0, 1, 1, 2, 2]
+    assert [log["env_turns"] > 0 for log in logs] == [False, False, True, True, True, True]
+    assert logs[-1]["env_turns"] >= 30 and logs[-1]["replay_turns"] == len(dataset) + logs[-1]["env_turns"]
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    # Before the first update after a collection the policy is still the one that collected.
+    kl = [log.get("behavior_kl") for log in logs]
+    assert kl[:2] == [None, None] and kl[2] == pytest.approx(0, abs=1e-5) and kl[3] > 1e-6
+    rounds = [log for log in trainer.state.log_history if "rollout_round" in log]
+    assert [log["rollout_round"] for log in rounds] == [1, 2]
+    assert sum(log["rollout_mean_turns"] * log["rollout_episodes"] for log in rounds) == logs[-1]["env_turns"]
+    # The buffer stays, as an ordinary dataset: the offline rows, then the collected ones.
+    everything = load_replay(tmp_path / "replay")
+    validate_trajectories(everything)
+    assert everything["completion"][: len(dataset)] == dataset["completion"][:]
+    assert len(everything) == len(dataset) + logs[-1]["env_turns"]
+    assert all(episode.episode_id.startswith("online/") for episode in collected(tmp_path))
+    assert (tmp_path / "checkpoint-6" / "replay_manifest.json").is_file()
+
+
+def test_pictures(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=number_line(), env=NUMBER_LINE, name="idefics3", max_steps=3)
+    trainer.train()
+    assert all(np.isfinite(log["loss"]) for log in step_logs(trainer))
+    assert collected(tmp_path)[0].turns[0].images[0].size == (300, 300)
+
+
+def test_purely_online(tmp_path):
+    """With no offline data every turn is collected; a fresh critic starts at the first round's returns."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    moments = []
+    initialize = trainer.model.critic.initialize_moments
+    trainer.model.critic.initialize_moments = lambda mean, std: moments.append((mean, std)) or initialize(mean, std)
+    trainer.train()
+    index = validate_trajectories(load_replay(tmp_path / "replay"))
+    returns = index.returns_to_go(trainer.args.gamma)
+    assert moments == [(pytest.approx(returns.mean()), pytest.approx(returns.std()))]
+
+
+def test_a_budget_of_turns_ends_training(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=-1, max_env_turns=40)
+    trainer.train()
+    assert trainer.state.global_step == 6 == trainer.args.max_steps
+    assert 40 <= step_logs(trainer)[-1]["env_turns"] < 40 + 10 * 3
+
+
+def test_batches_hold_the_share_that_was_asked_for(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=text_number_line(), online_fraction=0.25, max_steps=4)
+    drawn = []
+    collator = trainer.data_collator
+    trainer.data_collator = lambda items: drawn.extend(item["row"] for item in items) or collator(items)
+    trainer.train()
+    rows = np.array(drawn)
+    assert len(rows) == 4 * 8 and (rows >= len(text_number_line())).sum() == 8
+
+
+def test_two_runs_are_one(tmp_path):
+    """Equal seeds: equal episodes, log-probabilities and weights."""
+    runs = [make_trainer(tmp_path / name, dataset=text_number_line(), offline_steps=1) for name in "ab"]
+    for trainer in runs:
+        trainer.train()
+    assert_same_run(*runs)
+    other = make_trainer(tmp_path / "c", dataset=text_number_line(), offline_steps=1, seed=1)
+    other.train()
+    assert collected_of(other) != collected_of(runs[0])
+
+
+def test_evaluation_does_not_change_collection(tmp_path):
+    alone = make_trainer(tmp_path / "a")
+    evaluated = make_trainer(tmp_path / "b", eval_strategy="steps", eval_steps=1, eval_temperature=1.0)
+    for trainer in (alone, evaluated):
+        trainer.train()
+    assert_same_run(alone, evaluated)
+
+
+def test_another_policy_collects(tmp_path):
+    class Player:
+        def __init__(self):
+            self.checked = False
+
+        def check(self):
+            self.checked = True
+
+        def act(self, requests):
+            return [Response("+")] * len(requests)
+
+    player = Player()
+    trainer = make_trainer(tmp_path, init={"rollout_policy": player}, max_steps=1)
+    assert player.checked
+    trainer.train()
+    assert {turn.completion for episode in collected(tmp_path) for turn in episode.turns} == {"+"}
+
+
+def test_capacity(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=text_number_line(), replay_capacity=20)
+    trainer.train()
+    logs = step_logs(trainer)
+    assert logs[-1]["env_turns"] > 40 and logs[-1]["replay_turns"] <= len(text_number_line()) + 20
+    assert len(load_replay(tmp_path / "replay", "offline")) == len(text_number_line())
+
+
+def test_a_target_ends_training(tmp_path, monkeypatch):
+    rates = iter([0.5, 0.9, 0.8, 0.9, 0.95, 1.0])
+    metrics = {"success_rate_low": 0.0, "success_rate_high": 1.0, "mean_return": 0.0}
+    monkeypatch.setattr(
+        "vlmq_trl.vlmq_trainer.evaluate_model", lambda *args, **kwargs: {"success_rate": next(rates), **metrics}
+    )
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=1, stop_at_success=0.9)
+    trainer.train()
+    assert trainer.state.global_step == 5, "two in a row: 0.9 and 0.95"
+
+
+def test_evaluations_are_recorded(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, record_episodes=2)
+    trainer.train()
+    for step in (1, 2):
+        folder = tmp_path / "episodes" / f"step-{step:06d}"
+        assert len(list(folder.glob("*.gif"))) == 2 and (folder / "episodes.jsonl").is_file()
+
+
+# ---- going on ----
+
+
+@pytest.mark.parametrize("saved", [3, 4])
+def test_resume(tmp_path, saved):
+    """From a checkpoint in the middle of a round, or at its end, a run goes on bit by bit."""
+    run = {"dataset": text_number_line(), "offline_steps": 1, "save_strategy": "steps", "save_steps": saved}
+    whole = make_trainer(tmp_path / "whole", **run)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", callbacks=[StopAt(5)], **run)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = make_trainer(tmp_path / "cut", **run)
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.add_(0.01)
+    resumed.train(resume_from_checkpoint=True)
+    assert step_logs(resumed) == step_logs(whole)
+    assert_same_run(resumed, whole)
+
+
+def test_a_run_without_a_checkpoint_finds_its_rounds_again(tmp_path, monkeypatch):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "cut", callbacks=[StopAt(3)]).train()
+    known = collected(tmp_path / "cut")
+    again = make_trainer(tmp_path / "cut")
+    again.train()
+    assert collected(tmp_path / "cut")[: len(known)] == known
+    assert_same_run(again, whole)
+
+
+def test_an_interrupted_round_is_filled_up(tmp_path, monkeypatch):
+    """What was committed of a round stays, and what it lacks is played: no episode twice, none lost."""
+    monkeypatch.setattr("vlmq_trl.online.COMMIT_SECONDS", 0.0)
+    append = ReplayBuffer.append
+    count = 0
+
+    def interrupted(self, episode, *, round):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        append(self, episode, round=round)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplayBuffer, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path).train()
+    (first,) = collected(tmp_path)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    episodes = collected(tmp_path)
+    assert episodes[0] == first
+    assert len({episode.episode_id for episode in episodes}) == len(episodes) == len({e.seed for e in episodes})
+    assert step_logs(trainer)[-1]["env_turns"] == sum(len(episode.turns) for episode in episodes)
+
+
+def test_the_play_of_another_run_is_not_taken(tmp_path):
+    make_trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(ValueError, match="a run with other arguments collected"):
+        make_trainer(tmp_path, max_steps=1, gamma=0.5).train()
+
+
+# ---- what goes wrong ----
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_steps": -1}, "set `max_steps`.*or `max_env_turns`"),
+        ({"offline_steps": 3}, "`offline_steps=3` needs a `train_dataset`"),
+        ({"rollout_seed": 1_000_001}, "collection would come to play the evaluation's episodes"),
+        ({"dataset": number_line}, "shows text only, the training data pictures"),
+    ],
+)
+def test_bad_arguments(kwargs, message, tmp_path):
+    kwargs = {name: value() if callable(value) else value for name, value in kwargs.items()}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **kwargs)
+
+
+def test_neither_data_nor_environment(tmp_path):
+    with pytest.raises(ValueError, match="Nothing to learn from"):
+        make_trainer(tmp_path, env=None)
+
+
+class Breaks(TextNumberLine):
+    """Raises in every step once three episodes have begun."""
+
+    begun = 0
+
+    def reset(self, **kwargs):
+        Breaks.begun += 1
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        if Breaks.begun > 8:
+            raise RuntimeError("the server is gone")
+        return super().step(action)
+
+
+def test_failing_environments_end_a_run_that_has_saved_everything(tmp_path):
+    Breaks.begun = 0
+    trainer = make_trainer(tmp_path, env=Breaks, max_env_failures=2, max_steps=50)
+    with pytest.raises(EnvFailureError, match="the server is gone"):
+        trainer.train()
+    step = trainer.state.global_step
+    assert step > 0 and (tmp_path / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    assert sum(len(episode.turns) for episode in collected(tmp_path)) >= 15
+    with ReplayBuffer(tmp_path / "replay") as buffer:  # it was closed
+        assert buffer.counters["env_failures"] >= 3
+
+
+def test_some_failures_are_borne_and_counted(tmp_path):
+    class Flaky(TextNumberLine):
+        resets = 0
+
+        def reset(self, **kwargs):
+            Flaky.resets += 1
+            if Flaky.resets % 4 == 0:
+                raise RuntimeError("a hiccup")
+            return super().reset(**kwargs)
+
+    trainer = make_trainer(tmp_path, env=Flaky, init={"eval_env": TextNumberLine})
+    trainer.train()
+    assert step_logs(trainer)[-1]["env_failures"] == Flaky.resets // 4 > 0
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path):
+    trainer = make_trainer(tmp_path)
+    compute_loss = trainer.compute_loss
+
+    def broken(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step == 3 else loss
+
+    trainer.compute_loss = broken
+    with pytest.raises(FloatingPointError, match="The loss of update 3 is nan"):
+        trainer.train()
+    saved = make_trainer(tmp_path, max_steps=3)
+    saved._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    for (name, a), b in zip(saved.model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b) and a.isfinite().all(), name
+
+
+# ---- collection while the model learns ----
+
+
+def test_a_copy_of_the_policy(tmp_path):
+    """It answers as the learner does, shares what is frozen, and does not follow the learner by itself."""
+    model, processor = tiny_models.build("llama")
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    trainer = VLMQTrainer(model, config(tmp_path), train_dataset=text_number_line(), processing_class=processor)
+    learner = trainer.model.pretrained_model
+    copied = copy_of_policy(learner)
+    trained = dict(learner.named_parameters())
+    for name, parameter in copied.named_parameters():
+        assert (parameter is trained[name]) != trained[name].requires_grad, name
+    ids = torch.arange(10, 20)[None]
+    before = learner(input_ids=ids).logits
+    assert torch.equal(copied(input_ids=ids).logits, before)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert torch.equal(copied(input_ids=ids).logits, before)
+    assert not torch.equal(learner(input_ids=ids).logits, before)
+    for name, weight in changing(learner).items():
+        changing(copied)[name].data.copy_(weight)
+    assert torch.equal(copied(input_ids=ids).logits, learner(input_ids=ids).logits)
+
+
+def test_collecting_while_learning(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        dataset=text_number_line(),
+        offline_steps=2,
+        max_steps=14,
+        async_collection=True,
+        max_staleness=3,
+        eval_strategy="steps",
+        eval_steps=5,
+    )
+    trainer.train()
+    logs = step_logs(trainer)
+    assert [log["round"] for log in logs] == [0, 0] + [1 + k // 2 for k in range(12)]
+    assert max(log.get("staleness_max", 0) for log in logs) <= 3
+    assert 0 < max(log["learner_idle"] for log in logs) <= 1
+    # Nothing is collected for updates that will not come.
+    assert 6 * 15 <= logs[-1]["env_turns"] == sum(len(e.turns) for e in collected(tmp_path)) < 6 * 15 + 30
+    assert not trainer._online._thread.is_alive()
+
+
+def test_an_error_while_collecting_reaches_the_learner(tmp_path):
+    Breaks.begun = 0
+    trainer = make_trainer(
+        tmp_path, env=Breaks, async_collection=True, max_env_failures=1, max_steps=100, max_staleness=2
+    )
+    with pytest.raises(EnvFailureError, match="the server is gone"):
+        trainer.train()
+    assert not trainer._online._thread.is_alive()
+    assert list((tmp_path).glob("checkpoint-*/trainer_state.json"))
+    assert collected(tmp_path)
+
+
+def test_an_interrupted_learner_ends_the_collection(tmp_path):
+    trainer = make_trainer(tmp_path, async_collection=True, max_steps=100, callbacks=[StopAt(3)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer._online._thread.is_alive()
+    with ReplayBuffer(tmp_path / "replay") as buffer:  # it was closed
+        assert buffer.end > 0
+
+
+def test_the_copy_waits_for_newer_weights(tmp_path, monkeypatch):
+    """A slow environment lets the learner run ahead: the copy still answers with weights of the last updates."""
+
+    class Slow(TextNumberLine):
+        def step(self, action):
+            time.sleep(0.02)
+            return super().step(action)
+
+    ages = []
+    act = ModelPolicy.act
+
+    def watched(self, requests):
+        online = trainer._online
+        ages.append(online._update - online._held_update)
+        return act(self, requests)
+
+    monkeypatch.setattr(ModelPolicy, "act", watched)
+    trainer = make_trainer(
+        tmp_path, env=Slow, async_collection=True, max_steps=40, updates_per_turn=1.0, max_staleness=4
+    )
+    trainer.train()
+    assert max(ages) <= 4 and len(set(ages)) > 1
+
+
+def test_gymnasium_ids_work_in_processes(tmp_path):
+    gymnasium.make(NUMBER_LINE).close()
+    trainer = make_trainer(
+        tmp_path,
+        env=NUMBER_LINE,
+        name="idefics3",
+        max_steps=1,
+        rollout_workers=True,
+        env_timeout=60,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_episodes=2,
+    )
+    trainer.train()
+    assert collected(tmp_path)

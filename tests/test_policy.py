@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as a policy: batches, stop tokens, log-probabilities of what was sampled, evaluation."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny_models
+from tests.small_runs import NUMBER_LINE
+from vlmq_trl.agent_format import PlainFormat
+from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
+from vlmq_trl.policy import ModelPolicy, evaluate_model, stop_token_ids
+from vlmq_trl.rollout import Request, Response
+from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
+
+
+def requests_for(texts: list[str], name: str) -> list[Request]:
+    rng = np.random.default_rng(0)
+    requests = []
+    for text in texts:
+        observation = {"text": text}
+        if name in tiny_models.VLM_NAMES:
+            observation["image"] = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        prompt, images = PlainFormat().build_prompt("", observation)
+        requests.append(Request(None, prompt, images, rng))
+    return requests
+
+
+TEXTS = ["red", "what colour is the square? " * 4, "up", "left right left", "hit or stand?"]
+
+
+def answers(policy: ModelPolicy, requests: list[Request]) -> list[str]:
+    return [response.text for response in policy.act(requests)]
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llama"])
+def test_greedy_answers(name):
+    """Batch size, padding and memory do not change greedy answers; equal requests are generated once."""
+    model, processor = tiny_models.build(name)
+    model.eval()
+    requests = requests_for(TEXTS, name)
+    policy = ModelPolicy(model, processor, max_completion_length=8)
+    expected = answers(policy, requests)
+    assert len(set(expected)) > 1
+    alone = [answers(ModelPolicy(model, processor, max_completion_length=8), [r])[0] for r in requests]
+    assert alone == expected
+    for batch_size in (1, 2, 64):
+        forgetful = ModelPolicy(model, processor, max_completion_length=8, batch_size=batch_size)
+        forgetful.memory = None
+        assert answers(forgetful, requests) == expected
+    generated = []
+    policy._generate = lambda rows: generated.extend(rows) or [Response("new")] * len(rows)
+    new = requests_for([*TEXTS, "new", "new"], name)[len(TEXTS) :]
+    if name == "idefics3":  # the same words with another picture are another request
+        assert answers(policy, [*requests, *new, new[0]]) == [*expected, "new", "new", "new"] and len(generated) == 2
+    else:
+        assert answers(policy, [*requests, *new]) == [*expected, "new", "new"] and len(generated) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_models_own_penalties_and_cut_offs_do_not_count(temperature):
+    model, processor = tiny_models.build("llama")
+    requests = requests_for(TEXTS, "llama")
+
+    def answer():
+        torch.manual_seed(0)
+        return answers(ModelPolicy(model, processor, temperature=temperature, max_completion_length=8), requests)
+
+    expected = answer()
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, typical_p=0.1, top_k=1, top_p=0.1, min_length=50
+    )
+    assert answer() == expected
+
+
+def test_sampled_answers_follow_the_seed():
+    model, processor = tiny_models.build("llama")
+    requests = requests_for(["red"] * 4, "llama")
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return answers(ModelPolicy(model, processor, temperature=1.0, max_completion_length=8), requests)
+
+    assert sample(0) == sample(0) != sample(1)
+    assert len(set(sample(0))) == 4, "equal requests are sampled independently"
+
+
+def test_stop_tokens():
+    """The tokenizer's, the generation config's, and the one that closes an assistant's turn in the template."""
+    model, processor = tiny_models.build("idefics3")
+    assert stop_token_ids(processor, model.generation_config) == [tiny_models.END_ID]
+    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    processor.chat_template = processor.chat_template.replace(tiny_models.END, "<end_of_utterance>")
+    assert stop_token_ids(processor, model.generation_config) == sorted([tiny_models.END_ID, utterance])
+    model.generation_config.eos_token_id = [tiny_models.END_ID, 7]
+    assert stop_token_ids(processor, model.generation_config) == sorted([tiny_models.END_ID, 7, utterance])
+    # A template that adds plain text after the answer has no end token of its own.
+    processor.chat_template = processor.chat_template.replace("<end_of_utterance>", "\n")
+    assert stop_token_ids(processor, model.generation_config) == [tiny_models.END_ID, 7]
+
+
+def test_generation_stops_at_the_template_s_end():
+    """A model that only says `<end_of_utterance>`, which is not its `eos_token`, gives empty answers of one token."""
+    model, processor = tiny_models.build("idefics3")
+    utterance = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    processor.chat_template = processor.chat_template.replace(tiny_models.END, "<end_of_utterance>")
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data = torch.nn.functional.one_hot(torch.tensor(utterance), head.out_features).float()
+    model.set_output_embeddings(head)
+    policy = ModelPolicy(model, processor, max_completion_length=8)
+    lengths = []
+    generate = model.generate
+    model.generate = lambda **kw: lengths.append(kw["input_ids"].shape[1]) or generate(**kw)
+    decode = policy.tokenizer.batch_decode
+    policy.tokenizer.batch_decode = lambda tokens, **kw: lengths.append(tokens.shape[1]) or decode(tokens, **kw)
+    assert answers(policy, requests_for(["red"], "idefics3")) == [""]
+    assert lengths[1] == 1
+
+
+def test_evaluation_leaves_no_trace():
+    """Mode and random state stay; equal seeds give equal results."""
+    model, processor = tiny_models.build("idefics3")
+    model.train()
+    state = torch.get_rng_state()
+
+    def play(**kwargs):
+        return evaluate_model(model, processor, NUMBER_LINE, episodes=3, num_envs=2, max_completion_length=4, **kwargs)
+
+    assert play(temperature=1.0, seed=3) == play(temperature=1.0, seed=3)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    model.eval()
+    play()
+    assert not model.training
+
+
+# ---- log-probabilities of what was sampled ----
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["idefics3", "qwen2_5_vl", "llama"])
+def test_log_probs_are_those_that_training_sees(name, temperature):
+    """What is recorded while sampling, in one padded batch, equals what the collator and the model make of the row."""
+    model, processor = tiny_models.build(name)
+    model.eval()
+    requests = requests_for(TEXTS * 8, name)
+    policy = ModelPolicy(model, processor, temperature=temperature, max_completion_length=3, logprobs=True)
+    torch.manual_seed(0)
+    responses = policy.act(requests)
+    known = [i for i, response in enumerate(responses) if response.behavior_logprobs is not None]
+    # A random model's tokens seldom are those that its text has when it is tokenised again.
+    assert 3 <= len(known) < len(requests)
+    assert (policy.responses, policy.retokenized) == (len(requests), len(requests) - len(known))
+
+    turns = [
+        Turn(r.prompt, r.images, a.text, 0.0, behavior_logprobs=a.behavior_logprobs)
+        for r, a in zip(requests, responses, strict=True)
+    ]
+    episodes = [Episode(str(i), (turns[i],), True, False) for i in known]
+    dataset = dataset_from_episodes(episodes)
+    items = SegmentDataset(dataset, validate_trajectories(dataset), gamma=1.0).__getitems__(list(range(len(dataset))))
+    batch = VLMQDataCollator(processor)(items)
+    recorded = batch["behavior_log_probs"]
+    scored = score(model, batch, temperature)
+    sampled = ~recorded.isnan()
+    assert sampled.sum() >= len(known) and torch.allclose(recorded[sampled], scored[sampled], atol=1e-4)
+
+
+def score(model, batch, temperature) -> torch.Tensor:
+    """[A] log softmax(logits / temperature) of the action tokens, by the model's own plain forward."""
+    known = ("input_ids", "attention_mask", "labels", "bootstrap_mask", "segment_bootstrap", "behavior_log_probs")
+    inputs = {k: v for k, v in batch.items() if k not in known and not k.startswith("turn_")}
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **inputs).logits
+    log_probs = (logits[:, :-1] / temperature).log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    taken = log_probs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    return taken[labels != -100]
+
+
+def test_the_end_token_is_recorded():
+    """A response that ends has the end token's log-probability last; one that was cut has its tokens' only."""
+    model, processor = tiny_models.build("llama")
+    letter = processor("q", add_special_tokens=False)["input_ids"]
+    assert len(letter) == 1
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.fill_(-1e4)
+    head.bias.data[[*letter, tiny_models.END_ID]] = torch.tensor([0.75, 0.25]).log()
+    model.set_output_embeddings(head)
+    policy = ModelPolicy(model, processor, temperature=1.0, max_completion_length=2, logprobs=True)
+    torch.manual_seed(0)
+    word, end = np.log([0.75, 0.25])
+    expected = {"": [end], "q": [word, end], "qq": [word, word]}
+    seen = set()
+    for response in policy.act(requests_for(["up"] * 32, "llama")):
+        assert response.behavior_logprobs == pytest.approx(expected[response.text], abs=1e-5)
+        seen.add(response.text)
+    assert seen == set(expected)
+
+
+def test_a_greedy_answer_has_no_distribution():
+    model, processor = tiny_models.build("llama")
+    with pytest.raises(ValueError, match="needs a temperature above 0"):
+        ModelPolicy(model, processor, logprobs=True)
+    (response,) = ModelPolicy(model, processor, temperature=1.0, max_completion_length=2).act(
+        requests_for(["up"], "llama")
+    )
+    assert response.behavior_logprobs is None, "not asked for"
