@@ -52,7 +52,6 @@ ONLINE: dict[str, Any] = {
     "episodes": 200,
     "max_env_turns": BUDGET,
     "filter": "exp",
-    "off_policy_trace": "retrace",
     "offline_steps": 100,
     "turns_per_round": 500,
     "updates_per_turn": 0.1,
@@ -66,6 +65,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Blackjack": {
         "policy": "flawed:0.6",
         "max_completion_length": 96,
+        "off_policy_trace": "tree_backup",
+        "turn_lambda": 0.95,
         "gamma": 1.0,
         "per_device_train_batch_size": 64,
         "eval_steps": 150,
