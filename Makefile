@@ -52,7 +52,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/tabular.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/speed.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/rollout.py
+	$(BIN)/python examples/benchmarks/replay.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/online.py
 
 clean:
 	rm -rf .venv build dist out runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

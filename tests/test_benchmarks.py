@@ -5,12 +5,14 @@ import json
 import re
 import time
 
+import gymnasium
 import pytest
 
 from examples import train_gym_cards
-from examples.benchmarks import common, learning, speed, tabular
+from examples.benchmarks import common, learning, online, speed, tabular
 from tests import tiny_models
 from vlmq_trl import collect_demonstrations, filter_top_returns
+from vlmq_trl.rollout import Response
 
 MARKED = "# Page\n\n<!-- {0}: generated, do not edit -->\n\nold\n\n<!-- {0}: end -->\n\nafter\n"
 
@@ -70,7 +72,7 @@ def made_up(run, successes):
         "versions": {"torch": "2"},
         "wall_seconds": 60.0,
         "data": {"successes": 280, "episodes": 1000},
-        "before": {"greedy": test, "sampled": test} if run.variant == "sft" else None,
+        "before": {"greedy": test, "sampled": test} if getattr(run, "variant", "") == "sft" else None,
         "history": [{"step": s, "success_rate": s / 100} for s in (0, 50)],
         "best_step": 50,
         "train_seconds": 61.0,
@@ -83,9 +85,9 @@ def made_up(run, successes):
 def pages(tmp_path, monkeypatch):
     """The benchmark with its results and pages in a folder of the test's own."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.md").write_text(MARKED.format("learning") + MARKED.format("speed"))
+    (tmp_path / "docs" / "results.md").write_text("".join(map(MARKED.format, ("learning", "online", "speed"))))
     (tmp_path / "README.md").write_text(MARKED.format("learning"))
-    for module in (learning, speed):
+    for module in (learning, online, speed):
         monkeypatch.setattr(module, "ROOT", tmp_path)
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "results.md")
@@ -237,3 +239,58 @@ def test_tables_see_the_data_of_the_models(game):
     best = [tabular.total(steps) for steps in tabular.best_episodes(played, 0.25, seed=3)]
     rewards = sum(filter_top_returns(dataset, 0.25, seed=3)["reward"])
     assert sum(best) == pytest.approx(rewards)
+
+
+# ---- online ----
+
+
+def test_online_runs_are_understood_by_the_script():
+    runs = online.all_runs()
+    assert len({run.name for run in runs}) == len({run.path for run in runs}) == len(runs)
+    for run in runs:
+        if not run.method.startswith("grpo"):
+            script, args, _ = train_gym_cards.parse(online.as_flags(run.arguments))
+            assert script.online and args.max_env_turns == online.BUDGET and args.max_steps == -1
+    spans = [range(r.arguments["rollout_seed"], r.arguments["rollout_seed"] + online.BUDGET) for r in runs[::8]]
+    assert all(not set(one) & set(other) for one in spans for other in spans if one.start < other.start)
+
+
+def test_the_online_report(pages):
+    online.report()
+    assert "Nothing has been measured yet" in (pages / "docs" / "results.md").read_text()
+    for seed, turns in ((0, 4000), (1, 6000)):
+        run = online.Run("NumberLine", "online", seed)
+        history = [
+            {"step": 0, "success_rate": 0.1},
+            {"step": 50, "success_rate": 0.92, "env_turns": turns},
+            {"step": 100, "success_rate": 0.4, "env_turns": 15003},
+        ]
+        common.write_json(run.path, {**made_up(run, 985), "history": history})
+    online.report()
+    text = (pages / "docs" / "results.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| VLMQ, offline start, then online"))
+    assert "**98.5**" in row and "98.5–98.5 *" in row and row.endswith("| 4,000, 6,000 | 15,003, 15,003 |")
+    assert (
+        "| NumberLine, VLMQ, offline start, then online: at least 99 %, greedy | 98.5 (2 of 3 seeds) | **missed** |"
+        in text
+    )
+    assert (pages / "docs" / "online_curves.png").is_file()
+
+
+def test_turns_that_the_peer_plays_are_counted_and_rewarded():
+    """NumberLine from 1 to 4, set by its seed and the actions since: a turn, or the rest of the episode too."""
+    env = gymnasium.make("vlmq_trl/NumberLine-v0").unwrapped
+    seed = next(s for s in range(1000) if env.reset(seed=s) and (env.current, env.target) == (1, 4))
+
+    class Up:
+        def act(self, requests):
+            return [Response('{"action": "+"}')] * len(requests)
+
+    answers = ['{"action": "+"}', '{"action": "-"}', "no action"]
+    counted = {"turns": 0}
+    one = online.play_on("vlmq_trl/NumberLine-v0", [seed] * 3, [["+"]] * 3, answers, None, counted)
+    # At 2 of 4: closer, farther, and a response that is not one.
+    assert one == [0.0, -1.0, -1.0] and counted["turns"] == 3
+    whole = online.play_on("vlmq_trl/NumberLine-v0", [seed] * 3, [["+"]] * 3, answers, Up(), counted)
+    # Then up to the target: one, three and two more turns.
+    assert whole == [1.0, 0.0, 0.0] and counted["turns"] == 3 + 3 + 1 + 3 + 2
