@@ -250,3 +250,31 @@ def test_a_callable_format_shows_as_much_as_its_base():
         assert fmt.build_prompt("task", {"text": "now"}, past) == expected
         assert (fmt.history, fmt.system_prompt) == (2, "Play.")
     assert len(CallableFormat(history=1, base=plain).build_prompt("task", {"text": "now"}, past)[0]) == 4
+
+
+# ---- another action ----
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (
+            '{"current number": "2", "thoughts": "up", "action": "+"}',
+            '{"current number": "2", "thoughts": "up", "action": "-"}',
+        ),
+        ('{"thoughts": "up", "action": "up and aw', '{"thoughts": "up", "action": "-"}'),
+        ('{"thoughts": "up"}', '{"action": "-"}'),
+        ('{"action": "+"} or {"action": "*"}', '{"action": "+"} or {"action": "-"}'),
+        ("", '{"action": "-"}'),
+    ],
+)
+def test_another_action_in_a_response(response, expected):
+    """What stands before the action stays."""
+    assert JSONCoTFormat().replace_action(response, "-") == JSONFormat().replace_action(response, "-") == expected
+
+
+@given(st.text() | st.text(alphabet="{}\"':,\\action "), st.sampled_from(["+", "turn left", 'say "hi"', "9", "é"]))
+def test_the_new_action_is_read_back(response, action):
+    render = CallableFormat(parse_fn=lambda text: text[1:], render_fn=lambda action, reading, thoughts: "!" + action)
+    for fmt in (PlainFormat(), JSONFormat(), JSONCoTFormat(), CallableFormat(base=JSONFormat()), render):
+        assert fmt.parse(fmt.replace_action(response, action)) == ParsedAction(action, True)

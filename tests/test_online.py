@@ -67,6 +67,17 @@ def collected_of(trainer) -> list:
     return collected(Path(trainer.args.output_dir))
 
 
+class OpenEnded(gymnasium.Env):
+    """An environment whose actions are any text."""
+
+    observation_space = gymnasium.spaces.Dict({"text": gymnasium.spaces.Text(max_length=9)})
+    action_space = gymnasium.spaces.Text(max_length=99)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"text": "say"}, {}
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -235,6 +246,16 @@ def test_evaluations_are_recorded(tmp_path):
         assert len(list(folder.glob("*.gif"))) == 2 and (folder / "episodes.jsonl").is_file()
 
 
+def test_exploring_lets_a_model_that_cannot_act_meet_rewards(tmp_path):
+    """A random model names no legal action; what it explores is legal, and its answers have no log-probabilities."""
+    trainer = make_trainer(tmp_path, rollout_epsilon=0.1, max_steps=1)
+    trainer.train()
+    turns = [turn for episode in collected(tmp_path) for turn in episode.turns]
+    assert {turn.action for turn in turns} == {"-", "+"} and all(turn.valid for turn in turns)
+    assert all(turn.behavior_logprobs is None for turn in turns)
+    assert len({turn.reward for turn in turns}) > 1
+
+
 # ---- going on ----
 
 
@@ -309,11 +330,12 @@ def test_the_play_of_another_run_is_not_taken(tmp_path):
         ({"max_steps": -1}, "set `max_steps`.*or `max_env_turns`"),
         ({"offline_steps": 3}, "`offline_steps=3` needs a `train_dataset`"),
         ({"rollout_seed": 1_000_001}, "collection would come to play the evaluation's episodes"),
+        ({"rollout_epsilon": 0.1, "env": OpenEnded}, "needs to know what can be done"),
         ({"dataset": number_line}, "shows text only, the training data pictures"),
     ],
 )
 def test_bad_arguments(kwargs, message, tmp_path):
-    kwargs = {name: value() if callable(value) else value for name, value in kwargs.items()}
+    kwargs = {name: value() if name == "dataset" else value for name, value in kwargs.items()}
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **kwargs)
 

@@ -374,6 +374,21 @@ def test_eviction(tmp_path):
                 buffer.read([row])
 
 
+def test_rows_that_are_gone_take_no_memory(tmp_path):
+    """12 episodes of 300 turns beside an offline part, capacity 600: the columns grow anew, without evicted rows."""
+    buffer = ReplayBuffer(tmp_path, capacity=600, with_images=False)
+    buffer.add_offline(*offline_data(pictures=False))
+    for number in range(12):
+        buffer.append(episode(number, 300, pictures=False), round=0)
+        buffer.commit()
+        online = np.arange(buffer.start(), buffer.end)
+        assert buffer.turn[online].tolist() == [*range(300)] * (len(online) // 300)
+        assert buffer.reward[online[::300]].tolist() == list(range(number + 1))[-2:]
+        assert buffer.turn[np.arange(6)].tolist() == [0, 1, 0, 1, 0, 1]
+    assert len(buffer._state.columns["turn"]) < 3000 < buffer.end
+    buffer.close()
+
+
 def test_an_episode_over_capacity_stays(tmp_path):
     with ReplayBuffer(tmp_path, capacity=3) as buffer:
         buffer.append(episode(0, 2), round=0)
@@ -387,8 +402,8 @@ def test_a_picture_that_comes_back_is_kept(tmp_path):
         for number in (1, 2, 1, 2, 2, 1):  # evicted by one commit, shown again by the next, which would delete it
             buffer.append(Episode(f"{buffer.end}", episode(number, 1).turns, True, False), round=0)
             buffer.commit()
-            (read,) = buffer.read([buffer.end - 1])
-            assert np.array_equal(np.asarray(read["images"][0]), picture(1000 * number))
+            (read,) = episodes_from_dataset(buffer.dataset())
+            assert np.array_equal(np.asarray(read.turns[0].images[0]), picture(1000 * number))
     check_folder(tmp_path)
 
 
@@ -505,6 +520,18 @@ def test_segments_are_consecutive_turns_of_one_episode(lengths, segment_length, 
         segments = rng.permutation(replay._segments(buffer._state, rng, 0, buffer.end, turns, segment_length))
         rows = buffer.sample(np.random.default_rng(seed), turns, segment_length, 0.3)
         assert rows.tolist() == [row for first, size in segments for row in range(first, first + size)]
+
+
+def test_cuts_fall_everywhere(tmp_path):
+    """An episode of 3 turns, segments of up to 2: [0 1][2] or [0][1 2], four segments, each as likely."""
+    with ReplayBuffer(tmp_path, with_images=False) as buffer:
+        buffer.append(episode(0, 3, pictures=False), round=0)
+        buffer.commit()
+        segments = replay._segments(buffer._state, np.random.default_rng(0), 0, 3, 6_001, 2)
+        found, counts = np.unique(segments[:-1], axis=0, return_counts=True)  # the last one had to fit
+        assert found.tolist() == [[0, 1], [0, 2], [1, 2], [2, 1]]
+        # 6000 turns in segments of 1.5 on average: 1000 of each, with a deviation of about 27
+        assert np.abs(counts - 1000).max() < 120, counts
 
 
 def test_a_segment_spans_shards_of_its_row_ids_only(tmp_path):

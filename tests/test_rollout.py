@@ -20,6 +20,8 @@ from vlmq_trl.envs import Decision, make_demonstrator
 from vlmq_trl.metrics import wilson_interval
 from vlmq_trl.rollout import (
     DemonstratorPolicy,
+    ExploringPolicy,
+    Request,
     Response,
     Rollouts,
     collect_demonstrations,
@@ -551,3 +553,29 @@ def test_the_benchmark(monkeypatch):
     assert "| 3 | 2.00 turns/s | 13.00 turns/s | **6.50** (5.00–7.00) | reached |" in text
     assert "| 16 | 9.00 (50.0 %) | 9.00 (50.0 %) |" in text and "shared" not in text
     assert "missed" in rollout_benchmark.section({**result, "ratio": 5.9, "load_average": 2.0})
+
+
+# ---- exploring ----
+
+
+def test_exploring():
+    """Answers without a legal action are always replaced, others in the share epsilon; by the episode's generator."""
+
+    class Says:
+        def act(self, requests):
+            return [Response(word, [-0.1]) for word in ("+", "fly", "- ", "")]
+
+    def explore(epsilon, seed):
+        requests = [Request(None, [], [], np.random.default_rng((seed, k))) for k in range(4)]
+        return ExploringPolicy(Says(), PlainFormat(), ("-", "+"), epsilon).act(requests)
+
+    rounds = [explore(0.0, seed) for seed in range(40)]
+    assert all((r[0], r[2]) == (Response("+", [-0.1]), Response("- ", [-0.1])) for r in rounds)
+    for k in (1, 3):
+        assert {(r[k].text, r[k].behavior_logprobs) for r in rounds} == {("-", None), ("+", None)}
+    explored = [explore(0.25, seed)[0] for seed in range(400)]
+    # Half of the random actions are "+" again.
+    assert 60 < sum(r.behavior_logprobs is None for r in explored) < 140
+    assert 25 < sum(r.text == "-" for r in explored) < 75
+    assert explore(0.25, 3) == explore(0.25, 3)
+    assert all(r.behavior_logprobs is None for r in explore(1.0, 0))

@@ -5,6 +5,7 @@ An agent format is the contract between an environment and a language model:
 
 - `AgentFormat.build_prompt` turns the task text, an observation and the last turns into TRL's conversational messages;
 - `AgentFormat.render` writes a demonstrator's decision as the response that a model should learn to give;
+- `AgentFormat.replace_action` puts another action into a response, to explore;
 - `AgentFormat.parse` reads the action out of any response. It is total: any string gives a `ParsedAction`, in time
   linear in the string's length, and nothing is ever raised.
 
@@ -153,6 +154,11 @@ class AgentFormat:
         """The action in `response`. Total: never raises, linear time."""
         raise NotImplementedError
 
+    def replace_action(self, response: str, action: str) -> str:
+        """A response that takes `action`, and keeps of `response` what stands before its action where the format has
+        such a thing. For exploration; takes any string."""
+        return self.render(action)
+
 
 @dataclass(frozen=True)
 class PlainFormat(AgentFormat):
@@ -251,6 +257,19 @@ def parse_json_action(response: str) -> ParsedAction:
     return _after_action_key(response)
 
 
+def replace_json_action(response: str, action: str) -> str:
+    """The JSON answer `response` with another action; whatever follows its last `"action":` is left out.
+
+    >>> replace_json_action('{"thoughts": "2 < 4", "action": "up!', "+")
+    '{"thoughts": "2 < 4", "action": "+"}'
+    """
+    written = f'"action": {json.dumps(action, ensure_ascii=False)}}}'
+    keys = list(_ACTION_KEY.finditer(response))
+    replaced = response[: keys[-1].start()] + written if keys else "{" + written
+    # A text that is no JSON may read in another way with the new end.
+    return replaced if parse_json_action(replaced) == _accept(action) else "{" + written
+
+
 @dataclass(frozen=True)
 class JSONFormat(AgentFormat):
     """The response is `{"action": ...}` and nothing else is asked for."""
@@ -265,6 +284,9 @@ class JSONFormat(AgentFormat):
 
     def parse(self, response: str) -> ParsedAction:
         return parse_json_action(response)
+
+    def replace_action(self, response: str, action: str) -> str:
+        return replace_json_action(response, action)
 
 
 @dataclass(frozen=True)
@@ -300,6 +322,9 @@ class JSONCoTFormat(AgentFormat):
 
     def parse(self, response: str) -> ParsedAction:
         return parse_json_action(response)
+
+    def replace_action(self, response: str, action: str) -> str:
+        return replace_json_action(response, action)
 
 
 @dataclass(frozen=True)
@@ -355,6 +380,11 @@ class CallableFormat(AgentFormat):
         if isinstance(parsed, ParsedAction):
             parsed = parsed.action if parsed.valid else None
         return _accept(parsed) if isinstance(parsed, str) else INVALID
+
+    def replace_action(self, response: str, action: str) -> str:
+        if self.render_fn is None:
+            return self.base.replace_action(response, action)
+        return self.render_fn(action, {}, "")
 
 
 def make_format(

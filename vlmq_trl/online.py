@@ -13,7 +13,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from .collator import segment_items
 from .metrics import load_metric
 from .policy import ModelPolicy
 from .replay import ReplayBuffer
-from .rollout import Policy, Request, Response, Rollouts
+from .rollout import ExploringPolicy, Policy, Request, Response, Rollouts
 from .vlmq_config import VLMQConfig
 
 # How long finished episodes may wait for their commit: what a crash can cost.
@@ -102,6 +102,7 @@ class OnlineData:
         model: what plays; anything with `generate`.
         processing_class: its processor or tokenizer.
         policy: plays in the model's place (a remote endpoint, another model).
+        legal_actions: of the environment, for `rollout_epsilon`.
         report: called after each round with what it measured.
         progress: show a bar over a round's turns.
     """
@@ -115,12 +116,13 @@ class OnlineData:
         processing_class: Any,
         *,
         policy: Policy | None = None,
+        legal_actions: Sequence[str] = (),
         report: Callable[[dict[str, float]], None],
         progress: bool = False,
     ):
         self.args, self.buffer, self.rollouts, self.model = args, buffer, rollouts, model
         self.processing_class, self.policy, self.report, self.progress = processing_class, policy, report, progress
-        self.schedule = Schedule.from_config(args)
+        self.legal_actions, self.schedule = legal_actions, Schedule.from_config(args)
         self.round = 0  # of which the learner has the data
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
         self.run = fingerprint(args, rollouts, buffer)
@@ -217,7 +219,7 @@ class OnlineData:
         )
         complete = False
         try:
-            for episode in self.rollouts.play(policy, numbers()):
+            for episode in self.rollouts.play(self._exploring(policy), numbers()):
                 buffer.append(episode, round=round)
                 played.append((episode.return_, len(episode.turns), episode.valid_rate))
                 bar.update(len(episode.turns))
@@ -238,6 +240,11 @@ class OnlineData:
         if getattr(policy, "responses", 0):
             logs["rollout_retokenized"] = policy.retokenized / policy.responses  # type: ignore[attr-defined]
         return logs
+
+    def _exploring(self, policy: Policy) -> Policy:
+        if not self.args.rollout_epsilon:
+            return policy
+        return ExploringPolicy(policy, self.rollouts.agent_format, self.legal_actions, self.args.rollout_epsilon)
 
     # ---- a batch ----
 

@@ -4,8 +4,8 @@
 Many environments run at once and every request of a tick is answered in one `Policy.act` call, so that a model
 generates in batches; a finished environment takes the next episode at once. Episode i depends on its own seed alone.
 
-Contents: `Request`, `Response`, `Policy`, `DemonstratorPolicy`, `Rollouts`, `play_episodes`, `collect_demonstrations`,
-`episode_metrics`; from `env_pool`, `EnvSpec`, `make_env` and `EnvFailureError`.
+Contents: `Request`, `Response`, `Policy`, `DemonstratorPolicy`, `ExploringPolicy`, `Rollouts`, `play_episodes`,
+`collect_demonstrations`, `episode_metrics`; from `env_pool`, `EnvSpec`, `make_env` and `EnvFailureError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,6 +77,38 @@ class DemonstratorPolicy:
             decision = self.demonstrator(request.env, request.rng)
             responses.append(Response(self.agent_format.render(decision.action, decision.reading, decision.thoughts)))
         return responses
+
+
+class ExploringPolicy:
+    """Another policy's answers, some of them with a uniformly random legal action in place of their own.
+
+    Off-policy learning allows it. Besides the share `epsilon` of the turns these are all in which the answer names no
+    legal action, so that even a model that cannot act yet meets what the environment has to give. Such answers have no
+    log-probabilities.
+
+    Args:
+        policy: whose answers.
+        agent_format: reads their actions and replaces them.
+        legal_actions: of the environment, in canonical spelling.
+        epsilon: in [0, 1].
+    """
+
+    def __init__(self, policy: Policy, agent_format: AgentFormat, legal_actions: Sequence[str], epsilon: float):
+        self.policy, self.agent_format = policy, agent_format
+        self.legal_actions, self.epsilon = tuple(legal_actions), epsilon
+        self._known = {action.casefold() for action in self.legal_actions}
+
+    def act(self, requests: list[Request]) -> list[Response]:
+        responses = self.policy.act(requests)
+        return [self._explored(request, response) for request, response in zip(requests, responses, strict=True)]
+
+    def _explored(self, request: Request, response: Response) -> Response:
+        parsed = self.agent_format.parse(response.text)
+        legal = parsed.valid and parsed.action.casefold() in self._known
+        if request.rng.random() >= self.epsilon and legal:
+            return response
+        action = self.legal_actions[int(request.rng.integers(len(self.legal_actions)))]
+        return Response(self.agent_format.replace_action(response.text, action))
 
 
 @dataclass

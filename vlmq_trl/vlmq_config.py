@@ -99,6 +99,9 @@ class VLMQConfig(SFTConfig):
             Environments that collect at once.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature of the collecting policy; above 0.
+        rollout_epsilon (`float`, *optional*, defaults to `0.0`):
+            Share of the collected turns in which a uniformly random legal action takes the place of the model's own,
+            and with it of all actions that are not legal. Needs an environment that lists its `legal_actions`.
         rollout_seed (`int`, *optional*, defaults to `10_000_000`):
             Seed of the first collected episode; the evaluation's must lie below it.
         rollout_workers (`bool`, *optional*, defaults to `False`):
@@ -188,6 +191,9 @@ class VLMQConfig(SFTConfig):
     replay_capacity: int | None = field(default=None, metadata={"help": "Collected turns that are kept; None: all."})
     rollout_num_envs: int = field(default=16, metadata={"help": "Environments that collect at once."})
     rollout_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the collection."})
+    rollout_epsilon: float = field(
+        default=0.0, metadata={"help": "Share of the collected turns with a random legal action in place of its own."}
+    )
     rollout_seed: int = field(default=10_000_000, metadata={"help": "Seed of the first collected episode."})
     rollout_workers: bool = field(default=False, metadata={"help": "A process of its own for each environment."})
     env_timeout: float | None = field(
@@ -265,7 +271,7 @@ class VLMQConfig(SFTConfig):
         ):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "must be positive")
-        for name in ("online_fraction", "online_fraction_start", "stop_at_success"):
+        for name in ("online_fraction", "online_fraction_start", "rollout_epsilon", "stop_at_success"):
             value = getattr(self, name)
             self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
         for name in ("target_tau", "target_norm_rate"):

@@ -78,7 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "online": {},
-    "purely_online": {"episodes": 0, "offline_steps": 0},
+    "purely_online": {"episodes": 0, "offline_steps": 0, "rollout_epsilon": 0.1},
     "grpo": {},
     "grpo_return": {},
 }
