@@ -83,12 +83,14 @@ def played() -> list[Any]:
 
 
 def numbered(image: np.ndarray, number: int) -> np.ndarray:
-    """The picture with a number in its corner."""
+    """The picture with a number in its corner, white on black whatever the game's background."""
     import PIL.Image
     import PIL.ImageDraw
 
     picture = PIL.Image.fromarray(image)
-    PIL.ImageDraw.Draw(picture).text((4, 4), str(number), fill=(255, 255, 255))
+    draw = PIL.ImageDraw.Draw(picture)
+    draw.rectangle((0, 0, 60, 18), fill=(0, 0, 0))
+    draw.text((4, 4), str(number), fill=(255, 255, 255))
     return np.asarray(picture)
 
 
