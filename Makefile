@@ -53,6 +53,7 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/tabular.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/speed.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/rollout.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/asynchronous.py
 	$(BIN)/python examples/benchmarks/replay.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/online.py

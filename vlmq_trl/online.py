@@ -283,6 +283,9 @@ class AsyncOnlineData(OnlineData):
     The learner offers its weights between updates. The copy answers with weights that are at most `max_staleness`
     updates old: where they would be older, it waits for the learner's next offer. The learner waits where a round
     that is due is not complete. Frozen weights are shared with the copy.
+
+    Attributes:
+        waits: seconds that the learner has waited before each update.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -300,6 +303,7 @@ class AsyncOnlineData(OnlineData):
         self._staleness: list[int] = []
         self._reports: list[dict[str, float]] = []
         self._waited, self._since = 0.0, time.perf_counter()
+        self.waits: list[float] = []
         self._thread: threading.Thread | None = None
 
     # ---- the learner's side ----
@@ -322,7 +326,8 @@ class AsyncOnlineData(OnlineData):
                 if self._needs_offer:
                     self._offer()
                 self._state.wait(timeout=1.0)
-            self._waited += time.perf_counter() - start
+            self.waits.append(time.perf_counter() - start)
+            self._waited += self.waits[-1]
             self._raise()
             reports, self._reports = self._reports, []
         self.round, self.end = due, self.buffer.end

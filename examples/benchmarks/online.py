@@ -16,6 +16,7 @@ run, not computed again while its arguments are the present ones.
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -184,6 +185,10 @@ def work(name: str) -> None:
 def vlmq(run: Run, output: Path) -> dict[str, Any]:
     from examples import train_gym_cards
 
+    # A run that was interrupted goes on, unless it had other arguments.
+    if read_json(output / "arguments.json") not in (None, run.arguments):
+        shutil.rmtree(output)
+    write_json(output / "arguments.json", run.arguments)
     argv = as_flags({**run.arguments, "bf16": FAST_BF16, "before_episodes": 0, "output_dir": output})
     found = train_gym_cards.main([*argv, "--disable_tqdm", "true", "--save_steps", "200"])
     return {"data": found["data"], **found["methods"]["vlmq"]}
