@@ -4,7 +4,8 @@
     python examples/benchmarks/asynchronous.py [--updates 150] [--pairs 1]
 
 NumberLine with the embedded model, as the online benchmark runs it, without evaluation. The two kinds of run
-alternate, each in a fresh trainer. The learner always has to wait for the first round; its share is given with and without it.
+alternate, each in a fresh trainer. The learner always has to wait for the first round; its share is given with that
+and without.
 """
 
 import argparse
