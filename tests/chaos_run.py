@@ -12,17 +12,48 @@ import os
 import sys
 from pathlib import Path
 
+import gymnasium
 from transformers import TrainerCallback
 
 from tests import tiny_models
-from tests.small_runs import TextNumberLine, config, text_number_line
+from tests.small_runs import config
 from vlmq_trl import online
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.callbacks import newest_checkpoint
 from vlmq_trl.replay import ReplayBuffer
+from vlmq_trl.rollout import Response, play_episodes
+from vlmq_trl.trajectory import dataset_from_episodes
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 CAPACITY = 300
+TURNS = 5
+
+
+class Echo(gymnasium.Env):
+    """Five turns, each of which says "up" or "down" and wants "+" or "-": a task that a small model learns at once."""
+
+    observation_space = gymnasium.spaces.Dict({"text": gymnasium.spaces.Text(max_length=9)})
+    action_space = gymnasium.spaces.Text(max_length=99)
+    legal_actions = ("+", "-")
+
+    def _look(self):
+        self.wanted = str(self.np_random.choice(self.legal_actions))
+        return {"text": "up" if self.wanted == "+" else "down"}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn = 0
+        return self._look(), {}
+
+    def step(self, action):
+        reward = 1.0 if action == self.wanted else -1.0
+        self.turn += 1
+        return self._look(), reward, self.turn == TURNS, False, {}
+
+
+class AnyAction:
+    def act(self, requests):
+        return [Response(str(request.rng.choice(Echo.legal_actions))) for request in requests]
 
 
 def report_commits(folder: Path) -> None:
@@ -58,15 +89,16 @@ def main(folder: Path, steps: int) -> None:
     args = config(
         folder / "run",
         max_steps=steps,
-        offline_steps=100,
+        offline_steps=40,
         turns_per_round=40,
         updates_per_turn=0.25,
         replay_capacity=CAPACITY,
         rollout_num_envs=4,
-        rollout_temperature=1.0,
         online_fraction=0.5,
-        learning_rate=3e-3,
-        critic_learning_rate=1e-2,
+        gamma=0.0,
+        filter="exp",
+        learning_rate=1e-3,
+        critic_learning_rate=3e-3,
         lr_scheduler_type="constant",
         per_device_train_batch_size=16,
         max_completion_length=2,
@@ -77,8 +109,8 @@ def main(folder: Path, steps: int) -> None:
     trainer = VLMQTrainer(
         model,
         args,
-        train_dataset=text_number_line(episodes=60),
-        env=TextNumberLine,
+        train_dataset=dataset_from_episodes(play_episodes(Echo, AnyAction(), episodes=60)),
+        env=Echo,
         agent_format=PlainFormat(),
         processing_class=processor,
         callbacks=[Began(folder)],

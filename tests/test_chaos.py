@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.chaos_run import CAPACITY
+from tests.chaos_run import CAPACITY, TURNS
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.trajectory import validate_trajectories
 
@@ -61,7 +61,7 @@ def check_buffer(folder: Path) -> None:
     if lost:  # the oldest, in order, are the ones that were evicted
         oldest_kept = next(i for i, name in enumerate(reported) if name in kept)
         assert lost == set(reported[:oldest_kept])
-        assert len(kept) * 10 > CAPACITY - 20, "evicted although there was room"
+        assert (len(kept) + 1) * TURNS > CAPACITY, "evicted although there was room"
 
 
 @pytest.mark.slow

@@ -154,19 +154,19 @@ class OnlineData:
     def advance(self, update: int) -> None:
         """Sees to it that the buffer has every round that is due before this update."""
         for round in range(self.round + 1, self.schedule.rounds_before(update) + 1):
-            self._obtain(round, update)
+            self._obtain(round)
             self.round = round
 
-    def _obtain(self, round: int, update: int) -> None:
+    def _obtain(self, round: int) -> None:
         known = self.buffer.round_end(round)
         if known is None or not known[1]:
-            self._collect(round, update)
+            self._collect(round)
             known = self.buffer.round_end(round)
         assert known is not None
         # Of an old checkpoint's window nothing may be left: newer play is better than none.
         self.end = known[0] if self.buffer.start(known[0]) < known[0] else self.buffer.end
 
-    def _collect(self, round: int, update: int) -> None:
+    def _collect(self, round: int) -> None:
         """Plays a round with the model as it is. Torch's random state is left as it was."""
         policy = self.policy
         was_training = self.model.training
