@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training online: the schedule, the data of a batch, resuming, what goes wrong, collection while learning."""
 
+import errno
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
+from vlmq_trl import replay
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.online import Schedule, changing, copy_of_policy, online_fraction
@@ -402,6 +404,29 @@ def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path
     saved._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
     for (name, a), b in zip(saved.model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b) and a.isfinite().all(), name
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """The run ends and says what is missing; with room again it goes on as if nothing had happened."""
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    write, rounds = replay._write_file, []
+
+    def full(path, data):
+        if path.parent.name == "shards":
+            rounds.append(path)
+            if len(rounds) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "_write_file", full)
+        with pytest.raises(OSError, match=r"the disk is full: .* needs .* MB more"):
+            make_trainer(tmp_path / "cut").train()
+    resumed = make_trainer(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert step_logs(resumed) == step_logs(whole)
+    assert_same_run(resumed, whole)
 
 
 # ---- collection while the model learns ----
