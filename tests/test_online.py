@@ -279,6 +279,25 @@ def test_resume(tmp_path, saved):
     assert_same_run(resumed, whole)
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_a_finished_run_is_not_trained_further(tmp_path, online):
+    kwargs = {"dataset": text_number_line(), "env": TextNumberLine if online else None, "max_steps": 3}
+    kwargs |= {"save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, **kwargs)
+    whole.train()
+    again = make_trainer(tmp_path, **kwargs)
+    with torch.no_grad():
+        for parameter in again.model.parameters():
+            parameter.add_(0.01)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    for (name, a), b in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    longer = make_trainer(tmp_path, **{**kwargs, "max_steps": 5})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 5
+
+
 def test_a_run_without_a_checkpoint_finds_its_rounds_again(tmp_path, monkeypatch):
     whole = make_trainer(tmp_path / "whole")
     whole.train()

@@ -35,10 +35,11 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -424,14 +425,32 @@ class VLMQTrainer(SFTTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that is whole. From a
+        checkpoint at the end of training it restores the model, where `Trainer` would go on by a step."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str) and self._restore_finished(resume_from_checkpoint):
+            return TrainOutput(self.state.global_step, 0.0, {})
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             if self._online is not None:
                 self._online.close()
+
+    def _restore_finished(self, checkpoint: str) -> bool:
+        """Takes state and weights from a checkpoint after which there is nothing to do; False if there is."""
+        path = Path(checkpoint) / TRAINER_STATE_NAME
+        if not path.is_file():
+            return False
+        state, args = TrainerState.load_from_json(str(path)), self.args
+        more_epochs = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
+        if state.global_step < (args.max_steps if args.max_steps > 0 else state.max_steps) or more_epochs:
+            return False
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return True
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
