@@ -64,30 +64,35 @@ def check_buffer(folder: Path) -> None:
         assert (len(kept) + 1) * TURNS > CAPACITY, "evicted although there was room"
 
 
+def finish(folder: Path) -> dict:
+    assert start(folder).wait(timeout=600) == 0, (folder / "output.txt").read_text()[-3000:]
+    check_buffer(folder)
+    return json.loads((folder / "result.json").read_text())
+
+
 @pytest.mark.slow
 def test_thirty_kills(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    assert start(whole).wait(timeout=600) == 0, (whole / "output.txt").read_text()[-3000:]
-    expected = json.loads((whole / "result.json").read_text())
+    """At random instants of one run after another, since a fast machine gets to a run's end between the kills."""
     rng = np.random.default_rng(0)
-    kills = 0
+    kills, results = 0, []
     while kills < 30:
-        process = start(killed)
-        if not wait_for_training(process, killed):
-            break  # it got to its end between the kills
-        time.sleep(rng.uniform(0.0, 2.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        check_buffer(killed)
-    process = start(killed)
-    assert process.wait(timeout=600) == 0, (killed / "output.txt").read_text()[-3000:]
-    check_buffer(killed)
-    result = json.loads((killed / "result.json").read_text())
-    print(f"{kills} kills; success {result['eval_success_rate']:.3f}, undisturbed {expected['eval_success_rate']:.3f}")
-    assert kills == 30
-    assert result["step"] == expected["step"] == STEPS
+        folder = tmp_path / str(len(results))
+        folder.mkdir()
+        while kills < 30:
+            process = start(folder)
+            if not wait_for_training(process, folder):
+                break
+            time.sleep(rng.uniform(0.0, 2.0))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            check_buffer(folder)
+        results.append(finish(folder))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    expected = finish(whole)
+    rates = [result["eval_success_rate"] for result in results]
+    print(f"{kills} kills of {len(results)} runs; success {rates}, undisturbed {expected['eval_success_rate']}")
+    assert {result["step"] for result in [*results, expected]} == {STEPS}
     assert expected["eval_success_rate"] >= 0.9
-    assert result["eval_success_rate"] >= 0.9
+    assert min(rates) >= 0.9

@@ -185,9 +185,10 @@ def paths_of(table) -> list[str]:
     return [image["path"] for images in table["images"].to_pylist() for image in images]
 
 
-def test_a_saved_dataset_needs_no_buffer(tmp_path):
+@pytest.mark.parametrize("file_format", ["arrow", "parquet"])
+def test_a_saved_dataset_needs_no_buffer(tmp_path, file_format):
     with filled(tmp_path / "buffer", range(9), capacity=9) as buffer:
-        save_trajectories(buffer.dataset(), tmp_path / "saved")
+        save_trajectories(buffer.dataset(), tmp_path / "saved", file_format=file_format)
         kept = [int(name[1:]) for name in ids(buffer.dataset())]
     shutil.rmtree(tmp_path / "buffer")
     back = load_trajectories(tmp_path / "saved")

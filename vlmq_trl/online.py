@@ -334,6 +334,15 @@ class AsyncOnlineData(OnlineData):
         for logs in reports:  # here, since the trainer's log is not for two threads
             self.report(logs)
 
+    def items(self, update: int, number: int, turns: int) -> list[dict[str, Any]]:
+        """As `OnlineData.items`; where the thread's commits have evicted what was drawn, it is drawn again."""
+        for _ in range(10):
+            try:
+                return super().items(update, number, turns)
+            except LookupError:
+                self.end = self.buffer.end
+        return super().items(update, number, turns)
+
     def _has(self, round: int) -> bool:
         known = (0, True) if round == 0 else self.buffer.round_end(round)
         return known is not None and known[1]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.table import embed_table_storage
 
 from .validation import TrajectoryError, validate_trajectories
 
@@ -41,7 +43,11 @@ def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_for
         ds.save_to_disk(str(folder))
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        ds.to_parquet(str(own), batch_size=500)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            # Images that are files of their own, as a replay buffer's, go into the parquet file.
+            cache = {"cache_file_name": f"{work}/embedded.arrow", "desc": "taking the images in"}
+            embedded = ds.with_format("arrow").map(embed_table_storage, batched=True, batch_size=500, **cache)
+            embedded.with_format(None).to_parquet(str(own), batch_size=500)
 
 
 def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
