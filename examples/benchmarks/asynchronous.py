@@ -112,9 +112,10 @@ def report() -> None:
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(*found["runs"].values(), strict=True)]
     header = ["collection", "run", "learner waits", "with the first round", "oldest policy", "turns"]
     text = (
-        f"Collection {found['updates']} updates long, in turn with learning and in a thread beside it; medians of "
-        f"{len(ratios)} pairs of runs in turn. A run in turn takes {statistics.median(ratios):.2f} times as long "
-        f"({min(ratios):.2f} to {max(ratios):.2f}). Target: the learner waits at most 10 % of the time.\n\n"
+        f"NumberLine for {found['updates']} updates, collecting in turn with learning, and in a thread beside it "
+        f"(`async_collection`): medians of {len(ratios)} pairs. In turn a run takes {statistics.median(ratios):.2f} times "
+        f"as long ({min(ratios):.2f} to {max(ratios):.2f}): the two share the same cores here. Target: the learner waits "
+        "at most 10 % of the time.\n\n"
         + markdown_table(header, rows)
         + f"\n\nOn: {describe(found['machine'])}, {found['machine']['threads']} threads. "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
