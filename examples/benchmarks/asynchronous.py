@@ -114,8 +114,8 @@ def report() -> None:
     text = (
         f"NumberLine for {found['updates']} updates, collecting in turn with learning, and in a thread beside it "
         f"(`async_collection`): medians of {len(ratios)} pairs. In turn a run takes "
-        f"{statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f}): the two share the same "
-        "cores here. Target: the learner waits at most 10 % of the time.\n\n"
+        f"{statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f}): the two share the "
+        "same cores here. Target: the learner waits at most 10 % of the time.\n\n"
         + markdown_table(header, rows)
         + f"\n\nOn: {describe(found['machine'])}, {found['machine']['threads']} threads. "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
