@@ -367,7 +367,7 @@ def test_neither_data_nor_environment(tmp_path):
 
 
 class Breaks(TextNumberLine):
-    """Raises in every step once three episodes have begun."""
+    """Raises in every step once eight episodes have begun."""
 
     begun = 0
 
