@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: the machine they ran on, results as JSON, worker processes, and generated Markdown."""
+"""What the benchmarks share: the machine they ran on, results as JSON, runs in processes, and generated Markdown."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = ROOT / "docs" / "results.md"
+SEEDS = (0, 1, 2)
 PACKAGES = ("vlmq_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "gymnasium")
 
 
@@ -106,6 +110,109 @@ def run_workers(
     finally:
         for process, _, _ in running.values():
             process.terminate()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of a benchmark with one seed: a process of its own, then a JSON file."""
+
+    setting: str
+    variant: str
+    seed: int
+
+    @property
+    def line(self) -> str:
+        return f"{self.setting}/{self.variant}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.line}/{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.setting / f"{self.variant}-seed{self.seed}.json"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that decides the result."""
+        raise NotImplementedError
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured; None if nothing was, or with other arguments than the present ones."""
+        found = read_json(self.path)
+        return found if found is not None and found["arguments"] == self.arguments else None
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+def command_line(
+    script: str,
+    description: str,
+    runs: Sequence[AnyRun],
+    work: Callable[[AnyRun], None],
+    report: Callable[[], None],
+    prepare: Callable[[list[AnyRun]], list[AnyRun]] = lambda missing: missing,
+) -> int:
+    """Computes the runs that are chosen and missing, several at once, and writes the report after each.
+
+    Args:
+        script: the benchmark's `__file__`, which is started again for each run.
+        work: computes one run and writes its JSON.
+        prepare: called with the missing runs before the first starts; returns those that can be computed.
+
+    Returns:
+        The exit status: 1 if a run failed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="runs as SETTING/VARIANT, may use *"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), choices=SEEDS)
+    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at once, each in a process of its own")
+    parser.add_argument("--list", action="store_true", help="show the runs and stop")
+    parser.add_argument("--report-only", action="store_true", help="write the report and stop")
+    parser.add_argument("--work", metavar="RUN", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    by_name = {run.name: run for run in runs}
+    if options.work:
+        work(by_name[options.work])
+        return 0
+    if options.report_only:
+        report()
+        return 0
+    chosen = [r for r in runs if r.seed in options.seeds and any(fnmatch(r.line, p) for p in options.only)]
+    if not chosen:
+        parser.error(f"no run matches {options.only}; see --list")
+    if options.list:
+        for run in chosen:
+            print(f"{run.name:<40}{outcome(run)}")
+        return 0
+    missing = [run for run in chosen if run.result() is None]
+    print(f"{len(chosen) - len(missing)} of {len(chosen)} runs are done.")
+    ready = prepare(missing) if missing else []
+    failed = len(missing) - len(ready)
+    commands = [(run.name, [str(Path(script).resolve()), "--work", run.name]) for run in ready]
+    logs = ROOT / "runs" / "benchmarks" / "logs" / Path(script).stem
+    ended = run_workers(commands, options.jobs, max(1, cores // options.jobs), logs)
+    for count, (name, succeeded, seconds, log) in enumerate(ended, 1):
+        succeeded = succeeded and by_name[name].result() is not None
+        failed += not succeeded
+        shown = outcome(by_name[name]) if succeeded else f"FAILED, see {log.relative_to(ROOT)}"
+        print(f"[{count}/{len(ready)}] {name}: {shown} ({clock(seconds)})", flush=True)
+        report()
+    report()
+    print(f"Report: {PAGE.relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+def outcome(run: Run) -> str:
+    """Of a run, in a few words."""
+    result = run.result()
+    if result is None:
+        return "other arguments" if run.path.is_file() else "missing"
+    return ", ".join(f"{mode} {100 * result[mode]['success_rate']:5.1f} %" for mode in ("greedy", "sampled"))
 
 
 def clock(seconds: float) -> str:

@@ -12,13 +12,9 @@ decides the data, the training and the test episodes; the embedded model is the 
 on validation episodes, the figures come from other, fresh ones.
 """
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +26,18 @@ from examples.benchmarks.common import (
     PAGE,
     RESULTS,
     ROOT,
-    clock,
+    SEEDS,
+    Run,
+    command_line,
     describe,
     machine,
     markdown_table,
     read_json,
-    run_workers,
     versions,
     write_json,
     write_section,
 )
 from vlmq_trl.metrics import wilson_interval
-
-SEEDS = (0, 1, 2)
 
 # A third less time where the processor multiplies bfloat16 by itself; elsewhere it would be slower.
 FAST_BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -199,21 +194,8 @@ ABLATION_TABLES: list[tuple[str, list[tuple[str, str]]]] = [
 ]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One line of the benchmark with one seed."""
-
-    setting: str
-    variant: str  # of METHODS or, on NumberLine, of ABLATIONS
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.setting}/{self.variant}/{self.seed}"
-
-    @property
-    def path(self) -> Path:
-        return RESULTS / self.setting / f"{self.variant}-seed{self.seed}.json"
+class LearningRun(Run):
+    """Its variant is one of METHODS or, on NumberLine, of ABLATIONS."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -237,17 +219,12 @@ class Run:
         arguments = {**self.arguments, "bf16": FAST_BF16}  # the machine's choice, so not a reason to compute again
         return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
 
-    def result(self) -> dict[str, Any] | None:
-        """What was measured; None if nothing was, or with other arguments than the present ones."""
-        found = read_json(self.path)
-        return found if found is not None and found["arguments"] == self.arguments else None
 
-
-def all_runs() -> list[Run]:
+def all_runs() -> list[LearningRun]:
     """Seed by seed, so that the first figures for everything come early."""
     variants = [(setting, method) for setting in SETTINGS for method in METHODS]
     variants += [("NumberLine", ablation) for ablation in ABLATIONS]
-    return [Run(setting, variant, seed) for seed in SEEDS for setting, variant in variants]
+    return [LearningRun(setting, variant, seed) for seed in SEEDS for setting, variant in variants]
 
 
 # ---- one run, in a process of its own ----
@@ -271,22 +248,20 @@ def long_format() -> Any:
     return CallableFormat(render_fn=render, base=base)
 
 
-def work(name: str) -> None:
+def work(run: LearningRun) -> None:
     """Computes one run and writes its JSON."""
     from examples import train_gym_cards
 
-    setting, variant, seed = name.split("/")
-    run = Run(setting, variant, int(seed))
     start = time.perf_counter()
-    output = ROOT / "runs" / "benchmarks" / name
+    output = ROOT / "runs" / "benchmarks" / run.name
     argv = [*run.argv, "--output_dir", str(output), "--disable_tqdm", "true", "--save_strategy", "no"]
-    found = train_gym_cards.main(argv, long_format() if variant.startswith("long_") else None)
+    found = train_gym_cards.main(argv, long_format() if run.variant.startswith("long_") else None)
     (measured,) = found["methods"].values()
     write_json(
         run.path,
         {
-            "run": name,
-            "command": f"python examples/benchmarks/learning.py --only {setting}/{variant} --seeds {seed}",
+            "run": run.name,
+            "command": f"python examples/benchmarks/learning.py --only {run.line} --seeds {run.seed}",
             "arguments": run.arguments,
             "bf16": FAST_BF16,
             "machine": machine(),
@@ -299,7 +274,7 @@ def work(name: str) -> None:
     )
 
 
-def prepare(runs: list[Run]) -> list[Run]:
+def prepare(runs: list[LearningRun]) -> list[LearningRun]:
     """Builds the embedded models that the runs need, one after the other and before they all want them at once.
 
     Returns:
@@ -353,12 +328,12 @@ def cells(level: dict[str, float] | None) -> list[str]:
 
 
 def finished(setting: str, variant: str) -> list[dict[str, Any]]:
-    return [r for seed in SEEDS if (r := Run(setting, variant, seed).result()) is not None]
+    return [r for seed in SEEDS if (r := LearningRun(setting, variant, seed).result()) is not None]
 
 
 def data_level(setting: str, variants: Iterable[str]) -> dict[str, float] | None:
     """Of the data of all seeds that one of these variants has learned from."""
-    runs = [[Run(setting, variant, seed).result() for variant in variants] for seed in SEEDS]
+    runs = [[LearningRun(setting, variant, seed).result() for variant in variants] for seed in SEEDS]
     data = [found[0]["data"] for results in runs if (found := [r for r in results if r is not None])]
     return pooled([{"data": d} for d in data], "data")
 
@@ -539,63 +514,5 @@ def plot(path: Path) -> None:
     plt.close(figure)
 
 
-# ---- command line ----
-
-
-def main() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="runs as SETTING/VARIANT, may use *"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), choices=SEEDS)
-    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at once, each in a process of its own")
-    parser.add_argument("--list", action="store_true", help="show the runs and stop")
-    parser.add_argument("--report-only", action="store_true", help="write the report and stop")
-    parser.add_argument("--work", metavar="RUN", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.work:
-        work(options.work)
-        return 0
-    if options.report_only:
-        report()
-        return 0
-    runs = [
-        run
-        for run in all_runs()
-        if run.seed in options.seeds and any(fnmatch(f"{run.setting}/{run.variant}", p) for p in options.only)
-    ]
-    if not runs:
-        parser.error(f"no run matches {options.only}; see --list")
-    missing = [run for run in runs if run.result() is None]
-    if options.list:
-        for run in runs:
-            result, outdated = run.result(), run in missing and run.path.is_file()
-            state = f"greedy {100 * result['greedy']['success_rate']:5.1f} %" if result else "missing"
-            print(f"{run.name:<40}{'other arguments' if outdated else state}")
-        return 0
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done.")
-    failed = []
-    if missing:
-        ready = prepare(missing)
-        failed = [run.name for run in missing if run not in ready]
-        commands = [(run.name, [str(Path(__file__).resolve()), "--work", run.name]) for run in ready]
-        by_name = {run.name: run for run in missing}
-        threads = max(1, cores // options.jobs)
-        ended = run_workers(commands, options.jobs, threads, ROOT / "runs" / "benchmarks" / "logs")
-        for count, (name, succeeded, seconds, log) in enumerate(ended, 1):
-            result = by_name[name].result() if succeeded else None
-            if result is None:
-                failed.append(name)
-                outcome = f"FAILED, see {log.relative_to(ROOT)}"
-            else:
-                outcome = ", ".join(f"{m} {100 * result[m]['success_rate']:.1f} %" for m in ("greedy", "sampled"))
-            print(f"[{count}/{len(missing)}] {name}: {outcome} ({clock(seconds)})", flush=True)
-            report()
-    report()
-    print(f"Report: {PAGE.relative_to(ROOT)}")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(__file__, __doc__.splitlines()[0], all_runs(), work, report, prepare))

@@ -14,13 +14,9 @@ Runs share the seeds of validation and test with one another, and with `learning
 run, not computed again while its arguments are the present ones.
 """
 
-import argparse
-import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +26,18 @@ from examples.benchmarks.common import (
     PAGE,
     RESULTS,
     ROOT,
-    clock,
+    SEEDS,
+    Run,
+    command_line,
     describe,
     machine,
     markdown_table,
     read_json,
-    run_workers,
     versions,
     write_json,
     write_section,
 )
-from examples.benchmarks.learning import COMMON, FAST_BF16, SEEDS, STEP_BY_STEP, cells, pooled
+from examples.benchmarks.learning import COMMON, FAST_BF16, STEP_BY_STEP, cells, pooled
 
 BUDGET = 15_000  # environment turns, RL4VLM's
 ENOUGH = 0.9  # of the validation, for "turns to"
@@ -109,29 +106,20 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One line of the benchmark with one seed."""
-
-    setting: str
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.setting}/{self.method}/{self.seed}"
+class OnlineRun(Run):
+    """Its variant is one of METHODS."""
 
     @property
     def path(self) -> Path:
-        return RESULTS / "online" / self.setting / f"{self.method}-seed{self.seed}.json"
+        return RESULTS / "online" / self.setting / f"{self.variant}-seed{self.seed}.json"
 
     @property
     def arguments(self) -> dict[str, Any]:
-        peer = self.method.startswith("grpo")
+        peer = self.variant.startswith("grpo")
         return {
             **ONLINE,
             **SETTINGS[self.setting],
-            **METHODS[self.method],
+            **METHODS[self.variant],
             **(GRPO if peer else {}),
             "game": self.setting,
             "seed": self.seed,
@@ -140,17 +128,12 @@ class Run:
             "test_seed": 2_000_000 + 100_000 * self.seed,
         }
 
-    def result(self) -> dict[str, Any] | None:
-        """What was measured; None if nothing was, or with other arguments than the present ones."""
-        found = read_json(self.path)
-        return found if found is not None and found["arguments"] == self.arguments else None
 
-
-def all_runs() -> list[Run]:
+def all_runs() -> list[OnlineRun]:
     lines = [(setting, "online") for setting in SETTINGS]
     lines += [("NumberLine", "purely_online")]
     lines += [(setting, method) for setting in ("NumberLine", "EZPoints") for method in ("grpo", "grpo_return")]
-    return [Run(*line, seed) for seed in SEEDS for line in lines]
+    return [OnlineRun(*line, seed) for seed in SEEDS for line in lines]
 
 
 # ---- one run, in a process of its own ----
@@ -160,18 +143,16 @@ def as_flags(arguments: dict[str, Any]) -> list[str]:
     return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
 
 
-def work(name: str) -> None:
+def work(run: OnlineRun) -> None:
     """Computes one run and writes its JSON."""
-    setting, method, seed = name.split("/")
-    run = Run(setting, method, int(seed))
-    output = ROOT / "runs" / "benchmarks" / "online" / name
+    output = ROOT / "runs" / "benchmarks" / "online" / run.name
     start = time.perf_counter()
-    measured = grpo(run, output) if method.startswith("grpo") else vlmq(run, output)
+    measured = grpo(run, output) if run.variant.startswith("grpo") else vlmq(run, output)
     write_json(
         run.path,
         {
-            "run": name,
-            "command": f"python examples/benchmarks/online.py --only {setting}/{method} --seeds {seed}",
+            "run": run.name,
+            "command": f"python examples/benchmarks/online.py --only {run.line} --seeds {run.seed}",
             "arguments": run.arguments,
             "bf16": FAST_BF16,
             "machine": machine(),
@@ -182,7 +163,7 @@ def work(name: str) -> None:
     )
 
 
-def vlmq(run: Run, output: Path) -> dict[str, Any]:
+def vlmq(run: OnlineRun, output: Path) -> dict[str, Any]:
     from examples import train_gym_cards
 
     # A run that was interrupted goes on, unless it had other arguments.
@@ -194,7 +175,7 @@ def vlmq(run: Run, output: Path) -> dict[str, Any]:
     return {"data": found["data"], **found["methods"]["vlmq"]}
 
 
-def grpo(run: Run, output: Path) -> dict[str, Any]:
+def grpo(run: OnlineRun, output: Path) -> dict[str, Any]:
     """TRL's `GRPOTrainer` on single turns, after SFT on the same episodes."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -223,7 +204,7 @@ def grpo(run: Run, output: Path) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(output / "start" / "sft")
     processor = AutoProcessor.from_pretrained(output / "start" / "sft")
     counted = {"turns": 0}
-    to_the_end = run.method == "grpo_return"
+    to_the_end = run.variant == "grpo_return"
 
     def rewards(completions: list[list[dict[str, str]]], seed: list[int], actions: list[list[str]], **_: Any) -> list:
         policy = ModelPolicy(
@@ -326,7 +307,7 @@ def play_on(
 
 
 def finished(setting: str, method: str) -> list[dict[str, Any]]:
-    return [r for seed in SEEDS if (r := Run(setting, method, seed).result()) is not None]
+    return [r for seed in SEEDS if (r := OnlineRun(setting, method, seed).result()) is not None]
 
 
 def turns_to(result: dict[str, Any], rate: float = ENOUGH) -> int | None:
@@ -417,56 +398,5 @@ def plot(path: Path) -> None:
     plt.close(figure)
 
 
-# ---- command line ----
-
-
-def main() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="runs as SETTING/METHOD, may use *"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), choices=SEEDS)
-    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at once, each in a process of its own")
-    parser.add_argument("--list", action="store_true", help="show the runs and stop")
-    parser.add_argument("--report-only", action="store_true", help="write the report and stop")
-    parser.add_argument("--work", metavar="RUN", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.work:
-        work(options.work)
-        return 0
-    if options.report_only:
-        report()
-        return 0
-    runs = [
-        run
-        for run in all_runs()
-        if run.seed in options.seeds and any(fnmatch(f"{run.setting}/{run.method}", p) for p in options.only)
-    ]
-    if not runs:
-        parser.error(f"no run matches {options.only}; see --list")
-    missing = [run for run in runs if run.result() is None]
-    if options.list:
-        for run in runs:
-            result = run.result()
-            state = f"greedy {100 * result['greedy']['success_rate']:5.1f} %" if result else "missing"
-            print(f"{run.name:<40}{'other arguments' if run in missing and run.path.is_file() else state}")
-        return 0
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done.")
-    failed = []
-    commands = [(run.name, [str(Path(__file__).resolve()), "--work", run.name]) for run in missing]
-    logs = ROOT / "runs" / "benchmarks" / "online" / "logs"
-    ended = run_workers(commands, options.jobs, max(1, cores // options.jobs), logs)
-    for count, (name, succeeded, seconds, log) in enumerate(ended, 1):
-        if not succeeded:
-            failed.append(name)
-        outcome = "done" if succeeded else f"FAILED, see {log.relative_to(ROOT)}"
-        print(f"[{count}/{len(missing)}] {name}: {outcome} ({clock(seconds)})", flush=True)
-        report()
-    report()
-    print(f"Report: {PAGE.relative_to(ROOT)}")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(__file__, __doc__.splitlines()[0], all_runs(), work, report))

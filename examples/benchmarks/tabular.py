@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.benchmarks.common import (
     PAGE,
     RESULTS,
+    SEEDS,
     describe,
     machine,
     markdown_table,
@@ -32,7 +33,7 @@ from examples.benchmarks.common import (
     write_json,
     write_section,
 )
-from examples.benchmarks.learning import METHODS, SEEDS, SETTINGS, Run
+from examples.benchmarks.learning import METHODS, SETTINGS, LearningRun
 from vlmq_trl import VLMQConfig, make_demonstrator, wilson_interval
 from vlmq_trl.envs.gym_cards import Blackjack, NumberLine, PointsGame, card_value
 
@@ -135,7 +136,7 @@ def success(env_id: str, policy: dict[Any, str], episodes: int, seed: int) -> in
 
 def measure(setting: str, seed: int) -> dict[str, Any]:
     """Successes of each learner on the data and the test episodes of `learning.py`'s runs with this seed."""
-    arguments = Run(setting, "vlmq_scalar", seed).arguments
+    arguments = LearningRun(setting, "vlmq_scalar", seed).arguments
     env_id = f"vlmq_trl/{arguments['game']}-v0"
     demonstrate = make_demonstrator(env_id, arguments["policy"])
     data = play(
