@@ -14,12 +14,12 @@ from transformers import TrainerCallback
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import replay
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.online import Schedule, changing, copy_of_policy, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
+from vlmq_trl.replay import buffer as replay_buffer
 from vlmq_trl.rollout import Response
 from vlmq_trl.trajectory import episodes_from_dataset, validate_trajectories
 from vlmq_trl.vlmq_trainer import VLMQTrainer
@@ -429,7 +429,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     """The run ends and says what is missing; with room again it goes on as if nothing had happened."""
     whole = make_trainer(tmp_path / "whole")
     whole.train()
-    write, rounds = replay._write_file, []
+    write, rounds = replay_buffer.write_file, []
 
     def full(path, data):
         if path.parent.name == "shards":
@@ -439,7 +439,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "_write_file", full)
+        patch.setattr(replay_buffer, "write_file", full)
         with pytest.raises(OSError, match=r"the disk is full: .* needs .* MB more"):
             make_trainer(tmp_path / "cut").train()
     resumed = make_trainer(tmp_path / "cut")

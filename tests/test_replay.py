@@ -22,8 +22,10 @@ from PIL import Image
 
 from tests import tiny_models
 from tests.test_trajectory import EPISODES, assert_equal_episodes, make_episode, picture, prompt, train
-from vlmq_trl import replay
 from vlmq_trl.replay import ReplayBuffer, load_replay
+from vlmq_trl.replay import buffer as replay_buffer
+from vlmq_trl.replay.contents import draw_segments
+from vlmq_trl.replay.offline import PNG_SIGNATURE
 from vlmq_trl.rollout import collect_demonstrations
 from vlmq_trl.trajectory import (
     Episode,
@@ -136,7 +138,7 @@ def test_read_gives_what_datasets_gives(tmp_path, pictures):
     records = buffer.read(rows)
     assert len(records) == len(rows)
     for row, record in zip(rows, records, strict=True):
-        expected = {name: ds[row][name] for name in replay.READ_COLUMNS if name in ds.column_names}
+        expected = {name: ds[row][name] for name in replay_buffer.READ_COLUMNS if name in ds.column_names}
         for name in ("images", "final_images"):
             shown, wanted = record.pop(name, None), expected.pop(name, None)
             assert (shown is None) == (wanted is None)
@@ -226,7 +228,7 @@ def test_the_parts_of_the_dataset(tmp_path):
 
 @pytest.mark.parametrize("pictures", [True, False])
 def test_offline_data_come_back(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(replay, "OFFLINE_BATCH", 2)
+    monkeypatch.setattr(replay_buffer, "OFFLINE_BATCH", 2)
     ds, index = offline_data(pictures)
     for _ in range(2):  # the second time nothing is done
         with ReplayBuffer(tmp_path, with_images=pictures) as buffer:
@@ -271,7 +273,7 @@ def test_offline_data_made_with_other_tools(tmp_path):
         decoded = datasets.Image().decode_example(images[0])
         assert np.array_equal(np.asarray(one.turns[0].images[0]), np.asarray(decoded))
         (file,) = (tmp_path / "buffer" / "images").rglob("*.png")
-        assert file.read_bytes().startswith(replay.PNG_SIGNATURE)
+        assert file.read_bytes().startswith(PNG_SIGNATURE)
 
 
 def test_offline_data_that_do_not_fit(tmp_path):
@@ -509,7 +511,7 @@ def test_segments_are_consecutive_turns_of_one_episode(lengths, segment_length, 
             buffer.append(episode(k, n, pictures=False), round=0)
         buffer.commit()
         rng = np.random.default_rng(seed)
-        segments = replay._segments(buffer._state, rng, 0, buffer.end, turns, segment_length)
+        segments = draw_segments(buffer._state, rng, 0, buffer.end, turns, segment_length)
         assert segments[:, 1].sum() == turns and segments[:, 1].min() >= 1
         assert segments[:, 1].max() <= segment_length
         episode_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -518,7 +520,7 @@ def test_segments_are_consecutive_turns_of_one_episode(lengths, segment_length, 
         # A batch is such segments, in random order.
         rng = np.random.default_rng(seed)
         rng.random()  # for the fraction
-        segments = rng.permutation(replay._segments(buffer._state, rng, 0, buffer.end, turns, segment_length))
+        segments = rng.permutation(draw_segments(buffer._state, rng, 0, buffer.end, turns, segment_length))
         rows = buffer.sample(np.random.default_rng(seed), turns, segment_length, 0.3)
         assert rows.tolist() == [row for first, size in segments for row in range(first, first + size)]
 
@@ -528,7 +530,7 @@ def test_cuts_fall_everywhere(tmp_path):
     with ReplayBuffer(tmp_path, with_images=False) as buffer:
         buffer.append(episode(0, 3, pictures=False), round=0)
         buffer.commit()
-        segments = replay._segments(buffer._state, np.random.default_rng(0), 0, 3, 6_001, 2)
+        segments = draw_segments(buffer._state, np.random.default_rng(0), 0, 3, 6_001, 2)
         found, counts = np.unique(segments[:-1], axis=0, return_counts=True)  # the last one had to fit
         assert found.tolist() == [[0, 1], [0, 2], [1, 2], [2, 1]]
         # 6000 turns in segments of 1.5 on average: 1000 of each, with a deviation of about 27
@@ -620,14 +622,14 @@ def test_a_reader_that_opens_while_the_writer_goes_on(tmp_path, monkeypatch):
     def slow(path: Path, first: int):
         opened.append(path)
         if len(opened) == 1:
-            monkeypatch.setattr(replay, "_open_shard", open_shard)
+            monkeypatch.setattr(replay_buffer, "open_shard", open_shard)
             writer.append(episode(5, 3), round=0)
             writer.commit()
-            monkeypatch.setattr(replay, "_open_shard", slow)
+            monkeypatch.setattr(replay_buffer, "open_shard", slow)
         return open_shard(path, first)
 
-    open_shard = replay._open_shard
-    monkeypatch.setattr(replay, "_open_shard", slow)
+    open_shard = replay_buffer.open_shard
+    monkeypatch.setattr(replay_buffer, "open_shard", slow)
     assert ids(load_replay(tmp_path)) == ["e5"] and len(opened) == 2
     writer.commit({"n": 1})
     (shard,) = (tmp_path / "shards").iterdir()
@@ -689,7 +691,7 @@ def test_a_full_disk(tmp_path, monkeypatch, failing):
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "WRITERS", 1)
+        patch.setattr(replay_buffer, "WRITERS", 1)
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match=r"full.*needs [\d.]+ MB more and has.*2 pending turns.*make room") as info:
             buffer.commit({"n": 1})

@@ -1,24 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A replay buffer on disk: an offline part that stays, and online episodes that come in and, over capacity, go.
-
-```
-folder/
-  manifest.json                 what is committed; replaced as a whole by every commit
-  lock                          held by the one process that writes
-  shards/<first>-<end>.arrow    turns, with the columns and types of `trajectory_features`; written once
-  images/ab/<sha256>.png        each distinct picture once; shards name it by its path below the folder
-```
-
-A commit writes pictures, then one shard, then the manifest, each flushed to the disk before the next, so that the
-folder holds the last commit whole whenever the process is killed (and, on a journalling file system, whenever power
-fails). What an interrupted commit leaves behind is removed by the next opening for writing. Small shards are merged
-into larger ones on the way (`_mergeable`), so that there are not many, however often one commits.
-
-Reading goes through memory-mapped shards. In memory are 22 bytes a turn and, when writing, the episodes' ids and a
-count for each picture.
-
-Contents: `ReplayBuffer`, `load_replay`.
-"""
+"""The replay buffer: see the package's docstring for what is on the disk."""
 
 from __future__ import annotations
 
@@ -28,15 +9,12 @@ import json
 import math
 import os
 import shutil
-import weakref
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache, partial
-from itertools import pairwise
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -44,344 +22,34 @@ import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from .trajectory import Episode, EpisodeIndex, TrajectoryError, flatten_content, trajectory_features
-from .trajectory.episodes import _encodable, _episode_rows, _PngCache, _structured
+from ..trajectory import Episode, EpisodeIndex, TrajectoryError, trajectory_features
+from ..trajectory.episodes import _encodable, _episode_rows, _PngCache
+from .contents import (
+    IMAGE_COLUMNS,
+    Manifest,
+    State,
+    absolute,
+    columns_of,
+    draw_segments,
+    gone,
+    ids_of,
+    mergeable,
+    open_shard,
+    pictures_of,
+    stored,
+)
+from .files import flush, serialized, take_lock, write_file
+from .offline import conformed, fingerprint_of
 
-FORMAT = 1
-LARGEST_SHARD = 2**26  # bytes; no merge makes a larger one
 OFFLINE_BATCH = 1024  # rows of the offline part in memory at once while it is copied in
 PICTURE_CACHE = 128  # decoded pictures that `read` keeps at hand
 WRITERS = 16  # threads that write pictures: their flushes to the disk are waited for together
 
 READ_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
-IMAGE_COLUMNS = ("images", "final_images")
-ABSENT = {"action": "", "valid": True, "env_id": "", "seed": -1}  # as in `Turn` and `Episode`; other columns: null
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 Part = Literal["all", "online", "offline"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is committed
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    """The contents of manifest.json. Row ids count the offline rows, then all online rows that there ever were."""
-
-    with_images: bool
-    num_offline: int = 0
-    fingerprint: str | None = None  # of the offline part's source
-    start: int = 0  # first online row that has not been evicted
-    end: int = 0  # one past the newest row
-    shards: tuple[tuple[str, int, int], ...] = ()  # file, id of its first row, rows; in the order of their rows
-    rounds: dict[int, tuple[int, bool]] = field(default_factory=dict)  # -> (one past its newest row, complete)
-    counters: dict[str, int] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        rounds = {str(number): list(end) for number, end in self.rounds.items()}
-        return {"format": FORMAT, **asdict(self), "shards": list(map(list, self.shards)), "rounds": rounds}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], where: Path) -> _Manifest:
-        if values.pop("format", None) != FORMAT:
-            raise ValueError(f"{where} was written by another version of vlmq_trl; open it with that one.")
-        values["shards"] = tuple((name, first, rows) for name, first, rows in values["shards"])
-        values["rounds"] = {int(k): (end, complete) for k, (end, complete) in values["rounds"].items()}
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A memory-mapped file of whole episodes."""
-
-    name: str
-    first: int  # row id
-    batches: list[pa.RecordBatch]
-
-    @property
-    def end(self) -> int:
-        return self.first + sum(map(len, self.batches))
-
-
-@dataclass(frozen=True)
-class _State:
-    """One commit as readers see it. A commit makes a new state and swaps it in; for the holder of one nothing changes.
-
-    What a commit evicts stays in its state, and the pictures on the disk, until the next commit.
-    """
-
-    manifest: _Manifest
-    shards: tuple[_Shard, ...]
-    readable: int  # first online row in `shards` that had not been evicted before this commit
-    columns: dict[str, np.ndarray]  # of the offline rows, then the online rows from `first_online` on; maybe longer
-    first_online: int
-
-    @cached_property
-    def batches(self) -> tuple[list[int], list[pa.RecordBatch]]:
-        """The first row of each batch, and the batches."""
-        batches = [batch for shard in self.shards for batch in shard.batches]
-        firsts = [shard.first + int(n) for shard in self.shards for n in np.cumsum([0, *map(len, shard.batches)])[:-1]]
-        return firsts, batches
-
-    def slices(self, low: int, high: int) -> Iterator[pa.RecordBatch]:
-        """The rows low..high - 1, in order and without a copy."""
-        firsts, batches = self.batches
-        for k in range(max(bisect_right(firsts, low) - 1, 0), bisect_left(firsts, high)):
-            begin, stop = max(low - firsts[k], 0), min(high - firsts[k], len(batches[k]))
-            if begin < stop:
-                yield batches[k].slice(begin, stop - begin)
-
-    def position(self, rows: Any) -> np.ndarray:
-        """Where rows stand in `columns`."""
-        rows, m = np.asarray(rows, dtype=np.int64), self.manifest
-        self.check(rows, self.first_online)
-        return np.where(rows < m.num_offline, rows, rows - self.first_online + m.num_offline)
-
-    def check(self, rows: np.ndarray, first_online: int) -> None:
-        m = self.manifest
-        bad = (rows < 0) | (rows >= m.end) | ((rows >= m.num_offline) & (rows < first_online))
-        if bad.any():
-            raise LookupError(_gone(int(rows[bad].flat[0]), m))
-
-    def start(self, end: int, capacity: int | None) -> int:
-        """First row of the online window that ends at `end`, the end of an episode."""
-        oldest = min(self.manifest.start, end)
-        if capacity is None or end - oldest <= capacity:
-            return oldest
-        turn, left = self.columns["turn"], self.columns["left"]
-        row = end - capacity
-        at = self.position(row)
-        row += int(left[at]) + 1 if turn[at] else 0
-        return row if row < end else end - 1 - int(turn[self.position(end - 1)])
-
-
-def _gone(row: int, m: _Manifest) -> str:
-    return (
-        f"Row {row} is not in the replay buffer, which holds rows 0..{m.num_offline - 1} offline and "
-        f"{m.start}..{m.end - 1} online. Older rows are evicted: sample again, or raise `capacity`."
-    )
-
-
-def _mergeable(shards: Sequence[_Shard], new: pa.RecordBatch, most: float) -> int:
-    """How many of the last shards should become one with the new rows, of at most `most` rows.
-
-    Those that are no larger than what they are merged with, as in a binary counter: n commits make about log2(n)
-    shards, and each row is rewritten about log2(n) times.
-
-    Example: after commits of one turn each there are shards of 1; 2; 2, 1; 4; 4, 1; 4, 2; 4, 2, 1; 8 turns.
-    """
-    count, rows, size = 0, len(new), new.nbytes
-    for shard in reversed(shards):
-        more = shard.end - shard.first
-        size += sum(batch.nbytes for batch in shard.batches)
-        if more > rows or rows + more > most or size > LARGEST_SHARD:
-            break
-        count, rows = count + 1, rows + more
-    return count
-
-
-def _pictures_of(batches: Iterable[pa.RecordBatch]) -> Counter[str]:
-    """How often rows refer to each picture."""
-    found: Counter[str] = Counter()
-    for batch in batches:
-        for name in set(IMAGE_COLUMNS) & set(batch.schema.names):
-            counts = pc.struct_field(batch.column(name).flatten(), "path").value_counts()
-            found.update(dict(zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True)))
-    return found
-
-
-def _ids_of(batches: Iterable[pa.RecordBatch]) -> set[str]:
-    return {name for batch in batches for name in batch.column("episode_id").unique().to_pylist()}
-
-
-def _columns_of(batches: Sequence[pa.RecordBatch], gamma: float) -> dict[str, np.ndarray]:
-    """The scalars of whole episodes, `left` turns after each (0 at an episode's end) and the discounted return."""
-
-    def column(name: str, kind: type) -> np.ndarray:
-        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
-        return np.concatenate(parts).astype(kind) if parts else np.zeros(0, kind)
-
-    turn, reward = column("turn", np.int32), column("reward", np.float64)
-    first = np.flatnonzero(turn == 0)
-    length = np.diff(np.append(first, len(turn)))
-    left = (np.repeat(first + length - 1, length) - np.arange(len(turn))).astype(np.int32)
-    # G_k = r_k + gamma * G_{k+1}, for all episodes at once from their ends.
-    return_to_go, order = reward.copy(), np.argsort(left, kind="stable")
-    bounds = np.cumsum(np.bincount(left, minlength=1))
-    for low, high in pairwise(bounds):
-        return_to_go[order[low:high]] += gamma * return_to_go[order[low:high] + 1]
-    return {
-        "turn": turn,
-        "left": left,
-        "reward": reward.astype(np.float32),
-        "terminated": column("terminated", bool),
-        "truncated": column("truncated", bool),
-        "return_to_go": return_to_go,
-    }
-
-
-def _absolute(batch: pa.RecordBatch, folder: Path) -> pa.RecordBatch:
-    """The rows with their pictures' paths as they are in the folder's present place; the rest is not copied."""
-    for name in set(IMAGE_COLUMNS) & set(batch.schema.names):
-        lists = batch.column(name)
-        stored = lists.values
-        paths = pc.binary_join_element_wise(f"{folder}/", stored.field("path"), "")
-        images = pa.StructArray.from_arrays([stored.field("bytes"), paths], fields=list(stored.type))
-        at = batch.schema.get_field_index(name)
-        lists = pa.Array.from_buffers(
-            lists.type, len(lists), lists.buffers()[:2], offset=lists.offset, children=[images]
-        )
-        batch = batch.set_column(at, batch.schema.field(at), lists)
-    return batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Writes aside, flushes to the disk and renames: `path` has its old contents or the new ones, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _serialized(batch: pa.RecordBatch) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue()
-
-
-def _open_shard(path: Path, first: int) -> _Shard:
-    with pa.memory_map(str(path)) as source:  # the mapping lives as long as the batches, the file handle does not
-        batches = list(pa.ipc.open_stream(source))
-    return _Shard(path.name, first, batches)
-
-
-def _close(file: weakref.ref[IO[str]]) -> None:
-    held = file()
-    if held is not None:
-        held.close()
-
-
-def _take_lock(folder: Path) -> IO[str]:
-    """The lock file, locked until it is closed or the process ends, however it ends."""
-    import fcntl  # not on Windows, where the rest of the package works
-
-    file = (folder / "lock").open("a+", encoding="utf-8")
-    # A forked child would hold the lock as well, and beyond its parent's end.
-    os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise RuntimeError(
-            f"The replay buffer {folder} is being written by another process or object ({owner}): one writer at a "
-            "time. End it, use another folder, or open with read_only=True."
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()}")
-    file.flush()
-    return file
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The offline part
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(dataset: datasets.Dataset, index: EpisodeIndex) -> str:
-    """Of all episode ids, rewards and ends, and the texts of 64 rows: enough to tell datasets apart in a second."""
-    digest = hashlib.sha256(json.dumps([len(dataset), index.episode_ids.tolist()]).encode())
-    for values in (index.length, index.reward.astype(np.float32), index.terminated, index.truncated):
-        digest.update(np.ascontiguousarray(values).tobytes())
-    rows = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))
-    texts = dataset.select_columns(["prompt", "completion"]).with_format(None)[rows]
-    digest.update(json.dumps(texts, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _conformed(
-    table: pa.Table, schema: pa.Schema, png: _PngCache, first_row: int
-) -> tuple[pa.RecordBatch, dict[str, bytes]]:
-    """Rows of any valid trajectory dataset as `schema` has them, and the pictures that they show."""
-    pictures: dict[str, bytes] = {}
-    images: dict[str, list] = {}
-    for name in IMAGE_COLUMNS:
-        lists = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-        images[name] = [
-            given and [_stored(_as_png(image, png, first_row + k, name), pictures) for image in given]
-            for k, given in enumerate(lists)
-        ]
-    if "images" not in table.column_names:
-        images["images"] = [[]] * len(table)
-
-    def column(name: str, kind: pa.DataType) -> Any:
-        if name in IMAGE_COLUMNS:
-            return images[name]
-        if name not in table.column_names:
-            return [ABSENT.get(name)] * len(table)
-        values = table[name].combine_chunks()
-        if values.type == kind or not pa.types.is_list(kind):
-            return values.cast(kind, safe=False)
-        if name not in ("prompt", "final_prompt"):
-            return values.to_pylist()
-        if "images" not in schema.names:
-            return [messages and flatten_content(messages) for messages in values.to_pylist()]
-        shown = images["images" if name == "prompt" else "final_images"]
-        return [m and _structured(m, len(given or ())) for m, given in zip(values.to_pylist(), shown, strict=True)]
-
-    columns = [column(one.name, one.type) for one in schema]
-    arrays = [pa.array(c, one.type) if isinstance(c, list) else c for c, one in zip(columns, schema, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema), pictures
-
-
-def _stored(png: bytes, pictures: dict[str, bytes]) -> dict[str, Any]:
-    """An image as rows hold it, by its path below the folder; its bytes go to `pictures`."""
-    digest = hashlib.sha256(png).hexdigest()
-    path = f"images/{digest[:2]}/{digest}.png"
-    pictures[path] = png
-    return {"bytes": None, "path": path}
-
-
-def _as_png(image: dict[str, Any], png: _PngCache, row: int, column: str) -> bytes:
-    """The bytes of an image of a dataset: a PNG's own, others' pixels as PNG."""
-    data = image["bytes"]
-    if data is None and os.path.isfile(image["path"]):
-        data = Path(image["path"]).read_bytes()
-    if data is not None and data.startswith(PNG_SIGNATURE):
-        return data
-    return png(datasets.Image().decode_example(image), row=row, column=column)["bytes"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The buffer
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Lookup:
@@ -418,7 +86,7 @@ class ReplayBuffer:
         ValueError: bad arguments; `with_images` is not what the folder has.
     """
 
-    _state: _State  # what is committed
+    _state: State  # what is committed
 
     def __init__(
         self,
@@ -438,7 +106,7 @@ class ReplayBuffer:
             raise FileNotFoundError(f"No replay buffer at {self.folder}: it has no manifest.json.")
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.folder)
+            self._lock = take_lock(self.folder)
         # For the writer. Pending: one batch an episode, the pictures that they show, the end of each round.
         self._pending: list[pa.RecordBatch] = []
         self.pending_turns = 0  # appended and not committed
@@ -528,7 +196,7 @@ class ReplayBuffer:
         """
         return self._window(self._state, end)[0]
 
-    def _window(self, state: _State, end: int | None) -> tuple[int, int]:
+    def _window(self, state: State, end: int | None) -> tuple[int, int]:
         m = state.manifest
         end = m.end if end is None else int(end)
         if not m.num_offline <= end <= m.end or (m.start < end and state.columns["left"][state.position(end - 1)]):
@@ -577,7 +245,7 @@ class ReplayBuffer:
         share = turns * (1.0 if not offline else 0.0 if start == end else online_fraction)
         online = math.floor(share) + int(rng.random() < share - math.floor(share))
         parts = [(0, offline, turns - online), (start, end, online)]
-        segments = np.concatenate([_segments(state, rng, *part, segment_length) for part in parts])
+        segments = np.concatenate([draw_segments(state, rng, *part, segment_length) for part in parts])
         first, size = rng.permutation(segments).T
         return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(turns)
 
@@ -601,7 +269,7 @@ class ReplayBuffer:
                 try:
                     record[name] = record[name] and [self._picture(image["path"]).copy() for image in record[name]]
                 except FileNotFoundError as error:  # deleted since the check, by another commit
-                    raise LookupError(_gone(row, self._state.manifest)) from error
+                    raise LookupError(gone(row, self._state.manifest)) from error
         return records
 
     def _decoded(self, path: str) -> PIL.Image.Image:
@@ -622,7 +290,7 @@ class ReplayBuffer:
             "offline": [(0, m.num_offline)],
             "online": [(start, end)],
         }
-        batches = [_absolute(batch, self.folder) for window in windows[part] for batch in state.slices(*window)]
+        batches = [absolute(batch, self.folder) for window in windows[part] for batch in state.slices(*window)]
         table = pa.Table.from_batches(batches, schema=self._schema)
         content = json.dumps([str(self.folder), part, m.shards, start, end])
         return datasets.Dataset(table, fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16])
@@ -663,7 +331,7 @@ class ReplayBuffer:
         for row in rows:
             for column in set(IMAGE_COLUMNS) & set(row):
                 images = row[column]
-                row[column] = images and [_stored(image["bytes"], pictures) for image in images]
+                row[column] = images and [stored(image["bytes"], pictures) for image in images]
         self._pending.append(pa.RecordBatch.from_pylist(rows, schema=self._schema))
         self.pending_turns += len(rows)
         self._pending_pictures.update(pictures)
@@ -716,7 +384,7 @@ class ReplayBuffer:
         m = self._state.manifest
         if len(dataset) != index.num_rows:
             raise ValueError(f"The index is of {index.num_rows} rows, the dataset has {len(dataset)}: validate it.")
-        fingerprint = _fingerprint(dataset, index)
+        fingerprint = fingerprint_of(dataset, index)
         if m.num_offline and m.fingerprint == fingerprint:
             return
         if m.num_offline or m.end or self._pending:
@@ -730,13 +398,13 @@ class ReplayBuffer:
             with path.open("wb") as file, pa.ipc.new_stream(file, self._schema) as writer:
                 with tqdm(total=len(dataset), desc="copying offline data", unit="turn", delay=3) as bar:
                     for table in dataset.with_format("arrow").iter(OFFLINE_BATCH):
-                        batch, pictures = _conformed(table, self._schema, self._png, bar.n)
+                        batch, pictures = conformed(table, self._schema, self._png, bar.n)
                         self._write_pictures({path: pictures[path] for path in pictures.keys() - known})
                         known |= pictures.keys()
                         writer.write_batch(batch)
                         bar.update(len(table))
-            _flush(path)
-            _flush(path.parent)
+            flush(path)
+            flush(path.parent)
             rows = len(dataset)
             shards = ((path.name, 0, rows),)
             self._write_manifest(
@@ -744,32 +412,32 @@ class ReplayBuffer:
             )
         self._open()
 
-    def _commit(self, m: _Manifest, new: pa.RecordBatch | None) -> None:
+    def _commit(self, m: Manifest, new: pa.RecordBatch | None) -> None:
         """Commits new rows and the manifest `m`, whose `start` and `shards` are still the last commit's."""
         old = self._state
         columns, first_online = old.columns, old.first_online
         shards = [shard for shard in old.shards if shard.first < m.num_offline or shard.end > m.start]
         if new is not None:
             online = [shard for shard in shards if shard.first >= m.num_offline]
-            count = _mergeable(online, new, math.inf if self.capacity is None else self.capacity / 8)
+            count = mergeable(online, new, math.inf if self.capacity is None else self.capacity / 8)
             first = max(online[-count].first, m.start) if count else old.manifest.end
             path = self._shard_path(first, m.end)
-            _write_file(path, _serialized(pa.concat_batches([*old.slices(first, old.manifest.end), new])))
-            _flush(path.parent)
-            shards = [*shards[: len(shards) - count], _open_shard(path, first)]
+            write_file(path, serialized(pa.concat_batches([*old.slices(first, old.manifest.end), new])))
+            flush(path.parent)
+            shards = [*shards[: len(shards) - count], open_shard(path, first)]
             columns, first_online = self._extended(new)
-        state = _State(m, tuple(shards), m.start, columns, first_online)
+        state = State(m, tuple(shards), m.start, columns, first_online)
         start = state.start(m.end, self.capacity)
         live = [(s.name, s.first, s.end - s.first) for s in shards if s.first < m.num_offline or s.end > start]
         state = replace(state, manifest=replace(m, start=start, shards=tuple(live)))
         self._write_manifest(state.manifest)
 
         self._state = state
-        self._references.update(_pictures_of(state.slices(old.manifest.end, m.end)))
+        self._references.update(pictures_of(state.slices(old.manifest.end, m.end)))
         evicted = list(state.slices(m.start, start))
-        self._ids -= _ids_of(evicted)
+        self._ids -= ids_of(evicted)
         unused = set()
-        for picture, count in _pictures_of(evicted).items():
+        for picture, count in pictures_of(evicted).items():
             self._references[picture] -= count
             if not self._references[picture]:
                 del self._references[picture]
@@ -782,7 +450,7 @@ class ReplayBuffer:
         """The columns with new rows at their end, and the first online row in them."""
         m, columns, first_online = self._state.manifest, self._state.columns, self._state.first_online
         used = m.num_offline + m.end - first_online
-        added = _columns_of([new], self.gamma)
+        added = columns_of([new], self.gamma)
         if used + len(new) > len(columns["turn"]):  # longer arrays, without the rows that are gone
             kept = np.r_[0 : m.num_offline, used - (m.end - m.start) : used]
             used, first_online = len(kept), m.start
@@ -808,7 +476,7 @@ class ReplayBuffer:
                     f"{self.folder} has no manifest.json but holds {sorted(others)[0]}: give the replay buffer a "
                     "folder of its own."
                 )
-            self._write_manifest(_Manifest(with_images))
+            self._write_manifest(Manifest(with_images))
 
     def _open(self) -> None:
         """Reads what is committed; a writer counts what refers to each picture, and removes what nothing refers to."""
@@ -816,39 +484,39 @@ class ReplayBuffer:
         if self._lock is not None:
             m = state.manifest
             live = [*state.slices(0, m.num_offline), *state.slices(m.start, m.end)]
-            self._ids, self._references = _ids_of(live), _pictures_of(live)
+            self._ids, self._references = ids_of(live), pictures_of(live)
             self._sweep()
 
-    def _load(self) -> _State:
+    def _load(self) -> State:
         path, seen = self.folder / "manifest.json", ""
         while True:
             text = path.read_text(encoding="utf-8")
-            m = _Manifest.from_json(json.loads(text), path)
+            m = Manifest.from_json(json.loads(text), path)
             try:
-                shards = tuple(_open_shard(self.folder / "shards" / name, first) for name, first, _ in m.shards)
+                shards = tuple(open_shard(self.folder / "shards" / name, first) for name, first, _ in m.shards)
                 break
             except FileNotFoundError:
                 if text == seen:
                     raise
                 seen = text  # a writer has gone on in the meantime: look again
         first = next((shard.first for shard in shards if shard.first >= m.num_offline), m.start)
-        columns = _columns_of([batch for shard in shards for batch in shard.batches], self.gamma)
-        return _State(m, shards, m.start, columns, first)
+        columns = columns_of([batch for shard in shards for batch in shard.batches], self.gamma)
+        return State(m, shards, m.start, columns, first)
 
     def _shard_path(self, first: int, end: int) -> Path:
         """Where the rows first..end - 1 go. No two commits' shards have a name in common, those of retries may."""
         (self.folder / "shards").mkdir(exist_ok=True)
         return self.folder / "shards" / f"{first:012d}-{end:012d}.arrow"
 
-    def _write_manifest(self, manifest: _Manifest) -> None:
-        _write_file(self.folder / "manifest.json", json.dumps(manifest.as_json()).encode())
-        _flush(self.folder)
+    def _write_manifest(self, manifest: Manifest) -> None:
+        write_file(self.folder / "manifest.json", json.dumps(manifest.as_json()).encode())
+        flush(self.folder)
 
     def _write_pictures(self, pictures: Mapping[str, bytes]) -> None:
         for folder in {os.path.dirname(path) for path in pictures}:
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(WRITERS) as pool:
-            list(pool.map(lambda path: _write_file(self.folder / path, pictures[path]), pictures))
+            list(pool.map(lambda path: write_file(self.folder / path, pictures[path]), pictures))
 
     def _delete(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -877,34 +545,6 @@ class ReplayBuffer:
                 f"{shutil.disk_usage(self.folder).free / 1e6:,.1f} MB. Nothing that was committed is lost, and "
                 f"{self.pending_turns} pending turns are in memory: make room (or lower `capacity`) and call again.",
             ) from error
-
-
-def _segments(
-    state: _State, rng: np.random.Generator, low: int, high: int, turns: int, segment_length: int
-) -> np.ndarray:
-    """[S, 2] first row and number of turns of segments from rows low..high - 1, `turns` turns together.
-
-    An episode is cut into blocks of n turns at a random place, a turn is drawn and its block taken with probability
-    1 / size: the block is as likely as any other, so that each of the N turns is in it with the same probability.
-    n is `segment_length` as long as that fits, then what is missing, so that nothing has to be cut off.
-
-    Example: of an episode of 3 turns, n = 2, the cuts are [0 1][2] or [0][1 2]. Four blocks, each turn in two of them.
-    """
-    found = [np.zeros((0, 2), dtype=np.int64)]
-    while turns:
-        n = min(segment_length, turns)
-        draws = turns + 4 * n  # a draw yields one turn on average
-        row, phase = rng.integers(low, high, draws), rng.integers(n, size=draws)
-        at = state.position(row)
-        turn, left = state.columns["turn"][at], state.columns["left"][at]
-        place = (turn + phase) % n
-        before = np.minimum(place, turn)
-        size = before + np.minimum(n - 1 - place, left) + 1
-        blocks = np.stack([row - before, size], axis=1)[rng.random(draws) * size < 1]
-        blocks = blocks[turns - (np.cumsum(blocks[:, 1]) - blocks[:, 1]) >= n]
-        found.append(blocks)
-        turns -= int(blocks[:, 1].sum())
-    return np.concatenate(found)
 
 
 def load_replay(folder: str | os.PathLike, part: Part = "all") -> datasets.Dataset:
