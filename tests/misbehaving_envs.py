@@ -20,6 +20,7 @@ class Misbehaving(gymnasium.Env):
         seeds: in which episodes.
         turn: when, counted from 0; -1 for the reset.
         long: episodes of six turns.
+        images: whether it shows the picture.
         note: a file to which the fault "orphan" writes the number of the process that it starts, and `close` a line.
     """
 
@@ -28,8 +29,11 @@ class Misbehaving(gymnasium.Env):
     )
     action_space = spaces.Text(max_length=10, min_length=0)
 
-    def __init__(self, fault="", seeds=(), turn=1, long=(), note=None):
+    def __init__(self, fault="", seeds=(), turn=1, long=(), images=True, note=None):
         self.fault, self.seeds, self.turn, self.long, self.note = fault, seeds, turn, long, note
+        self.images = images
+        if not images:
+            self.observation_space = spaces.Dict({"text": self.observation_space["text"]})
         if fault == "make":
             raise ImportError("the simulator is missing")
         if fault == "slow to make":
@@ -87,6 +91,8 @@ class Misbehaving(gymnasium.Env):
             "global generator": {"text": str(np.random.random())},
             "function": {"text": "seed", "extra": lambda: None},
         }
+        if not self.images:
+            del observation["image"]
         return observations.get(fault, observation), rewards.get(fault, reward)
 
     def close(self):

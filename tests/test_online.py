@@ -2,6 +2,7 @@
 """Training online: the schedule, the data of a batch, resuming, what goes wrong, collection while learning."""
 
 import errno
+import functools
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from tests import tiny_models
+from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
@@ -406,6 +408,22 @@ def test_some_failures_are_borne_and_counted(tmp_path):
     trainer = make_trainer(tmp_path, env=Flaky, init={"eval_env": TextNumberLine})
     trainer.train()
     assert step_logs(trainer)[-1]["env_failures"] == Flaky.resets // 4 > 0
+
+
+@pytest.mark.parametrize(("fault", "timeout"), [("exit", None), ("deaf", 1)])
+def test_processes_that_die_or_hang_do_not_stop_training(fault, timeout, tmp_path, caplog):
+    """The episodes before, beside and after the failed one are there, and the run goes to its end."""
+    first = config(tmp_path).rollout_seed
+    env = functools.partial(Misbehaving, fault, (first + 1, first + 6), images=False)
+    trainer = make_trainer(
+        tmp_path, env=env, init={"eval_env": TextNumberLine}, rollout_workers=True, env_timeout=timeout
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6 and step_logs(trainer)[-1]["env_failures"] == 2
+    seeds = sorted(episode.seed - first for episode in collected(tmp_path))
+    assert seeds == [n for n in range(seeds[-1] + 1) if n not in (1, 6)] and seeds[-1] > 10
+    kind = "died" if fault == "exit" else "timeout"
+    assert caplog.text.count(f"the episode is dropped ({kind})") == 2
 
 
 def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path):
