@@ -7,17 +7,11 @@ import gymnasium
 import numpy as np
 import pytest
 
-from vlmq_trl.envs import ENV_IDS, make_demonstrator
-from vlmq_trl.envs.demonstrators import (
-    GAMES,
-    blackjack_action,
-    blackjack_values,
-    expert_action,
-    mistaken_action,
-)
-from vlmq_trl.envs.gym_cards import Blackjack, EZPoints, NumberLine, Points24
+from vlmq_trl.envs import make_demonstrator
+from vlmq_trl.envs.gym_cards import DOMAIN, Blackjack, EZPoints, NumberLine, Points24
+from vlmq_trl.envs.gym_cards.scripts import blackjack_action, blackjack_values
 
-ids = pytest.mark.parametrize("env_id", list(ENV_IDS))
+ids = pytest.mark.parametrize("env_id", list(DOMAIN.envs))
 
 
 def play(env_id, policy, episodes, flaw_probability=0.6):
@@ -37,10 +31,6 @@ def play(env_id, policy, episodes, flaw_probability=0.6):
 
 def success(*args, **kwargs):
     return (play(*args, **kwargs) > 0).mean()
-
-
-def test_every_game_has_a_demonstrator():
-    assert GAMES == ENV_IDS
 
 
 @ids
@@ -201,18 +191,18 @@ def test_right_and_wrong_actions(cls, options, actions, right, wrong):
     env.reset(seed=0, options=options)
     for action in actions.split():
         env.step(action)
-    assert (expert_action(env), mistaken_action(env)) == (right, wrong)
+    assert (env.script.expert(), env.script.mistake()) == (right, wrong)
 
 
 def test_the_expert_passes_over_a_blank_and_the_flawed_player_gives_up():
     env = EZPoints()
     env.reset(seed=0, options={"cards": ["5", "7"]})
     env.step("6")
-    assert expert_action(env) == "5"
-    assert expert_action(env, repair=False) == "="
+    assert env.script.expert() == "5"
+    assert env.script.unmistaken() == "="
     for _ in range(2):
         env.step("6")
-    assert expert_action(env) == "="  # three blanks leave no room for three entries and "="
+    assert env.script.expert() == "="  # three blanks leave no room for three entries and "="
 
 
 # Blackjack.
@@ -257,7 +247,7 @@ def test_blackjack_values_agree_with_play(player, dealer, action):
         env.reset(options={"dealer": [dealer, str(rng.choice(["A", *range(2, 11), "J", "Q", "K"]))], "player": player})
         _, reward, done, _, _ = env.step(action)
         while not done:
-            _, reward, done, _, _ = env.step(expert_action(env))
+            _, reward, done, _, _ = env.step(env.script.expert())
         rewards.append(reward)
     value = blackjack_values(*_total(player), 10 if dealer == "10" else int(dealer))[action == "hit"]
     assert np.mean(rewards) == pytest.approx(value, abs=4 * np.std(rewards) / 3000**0.5)
@@ -281,7 +271,7 @@ def test_blackjack_expert_wins_about_43_percent():
 @pytest.mark.parametrize(
     ("env_id", "policy", "flaw", "text"),
     [
-        ("CartPole-v1", "expert", 0.6, "no demonstrator for 'CartPole-v1'; there is one for vlmq_trl/NumberLine-v0"),
+        ("vlmq_trl/Chess-v0", "expert", 0.6, "no demonstrator for 'vlmq_trl/Chess-v0', which is not registered"),
         ("vlmq_trl/EZPoints-v0", "epert", 0.6, "'epert' is not known; use expert, random, flawed"),
         ("vlmq_trl/EZPoints-v0", "", 0.6, "'' is not known"),
         ("vlmq_trl/EZPoints-v0", "expert:0.5", 0.6, "'expert:0.5' is not known"),
@@ -302,5 +292,12 @@ def test_bad_policies(env_id, policy, flaw, text):
 def test_the_wrong_environment():
     env = gymnasium.make("vlmq_trl/EZPoints-v0")
     env.reset(seed=0)
-    with pytest.raises(TypeError, match="plays vlmq_trl/NumberLine-v0, not EZPoints"):
+    with pytest.raises(TypeError, match="plays vlmq_trl/NumberLine-v0, not vlmq_trl/EZPoints-v0"):
         make_demonstrator("vlmq_trl/NumberLine-v0", "expert")(env, np.random.default_rng(0))
+
+
+def test_an_environment_without_a_script():
+    env = gymnasium.make("CartPole-v1")
+    env.reset(seed=0)
+    with pytest.raises(TypeError, match="not CartPoleEnv; give a function"):
+        make_demonstrator("CartPole-v1", "random")(env, np.random.default_rng(0))

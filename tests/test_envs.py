@@ -15,8 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmq_trl.envs import ENV_IDS, TextActionEnv, drawing, register_envs
-from vlmq_trl.envs.gym_cards import RANKS, Blackjack, EZPoints, NumberLine, Points24, card_value, hand_total
+from vlmq_trl.envs import TextActionEnv, register_envs
+from vlmq_trl.envs.gym_cards import (
+    RANKS,
+    Blackjack,
+    EZPoints,
+    NumberLine,
+    Points24,
+    card_value,
+    drawing,
+    hand_total,
+)
+
+ENV_IDS = {
+    "vlmq_trl/NumberLine-v0": NumberLine,
+    "vlmq_trl/EZPoints-v0": EZPoints,
+    "vlmq_trl/Points24-v0": Points24,
+    "vlmq_trl/Blackjack-v0": Blackjack,
+}
 
 ids = pytest.mark.parametrize("env_id", list(ENV_IDS))
 
@@ -230,7 +246,7 @@ def test_a_subclass_of_the_base_may_be_open_ended():
     class Echo(TextActionEnv):
         task, reading_fields, max_turns = "Say it.", ("word",), 2
 
-        def _start(self, options):
+        def _start(self, options, seed):
             self.word = "x"
 
         def parse_env(self, action):
@@ -238,7 +254,7 @@ def test_a_subclass_of_the_base_may_be_open_ended():
 
         def _play(self, action):
             self.word = action
-            return 1.0, action == "stop"
+            return 1.0, action == "stop", False
 
         def _picture(self):
             return np.zeros((300, 300, 3), np.uint8)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmq_trl.envs import formula
-from vlmq_trl.envs.formula import evaluate_formula, solve
+from vlmq_trl.envs.gym_cards import formula
+from vlmq_trl.envs.gym_cards.formula import evaluate_formula, solve
 
 TOKENS = [*map(str, range(1, 11)), "+", "-", "*", "/", "(", ")"]
 

@@ -40,7 +40,7 @@ def parse(path: Path) -> ast.Module:
 def module_of(path: Path, root: Path) -> tuple[str, list[str]]:
     """The top-level module that `path` belongs to ("" for the package's own `__init__`), and its dotted package.
 
-    Example: `vlmq_trl/envs/formula.py` belongs to `envs` and lies in package `["vlmq_trl", "envs"]`.
+    Example: `vlmq_trl/envs/base.py` belongs to `envs` and lies in package `["vlmq_trl", "envs"]`.
     """
     parts = path.relative_to(root).with_suffix("").parts
     return ("" if parts[1:] == ("__init__",) else parts[1]), list(parts[:-1])

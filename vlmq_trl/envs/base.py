@@ -2,6 +2,8 @@
 """The base class of environments that are seen as pictures or text and acted on with strings.
 
 A string that `parse_env` does not understand never raises: it costs `invalid_penalty` and does what `on_invalid` says.
+
+Contents: `TextActionEnv`; `Script`, scripted play of one episode; `FreeText`, the space of observations' texts.
 """
 
 from __future__ import annotations
@@ -25,16 +27,29 @@ SUCCESS_RULE = "an episode is a success when its undiscounted return is positive
 MAX_ACTION_LENGTH = 512
 
 
-class TextActionEnv(gymnasium.Env[Observation, str]):
-    """An environment whose actions are strings and whose observation is `{"image": uint8 (300, 300, 3)}`.
+class FreeText(spaces.Text):
+    """Strings of any characters up to a length; `spaces.Text` knows a fixed set of characters."""
 
-    A game implements `_start`, `_play`, `_picture` and `state_text`, and draws from `self.np_random` only.
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str) and len(x) <= self.max_length
+
+
+class TextActionEnv(gymnasium.Env[Observation, str]):
+    """An environment whose actions are strings and whose observation is `{"image": uint8 [H, W, 3], "text": str}`.
+
+    A game implements `_start`, `_play` and `state_text`, and `_picture`, `_text` or both. It draws from
+    `self.np_random` only. One that can be played by a script overrides `_make_script`.
 
     Attributes:
-        task: the rules, the goal and the legal actions in one or two short sentences, for the prompt.
-        legal_actions: all legal actions in their canonical spelling; None where they are open-ended.
+        task: the rules, the goal and the legal actions in one or two short sentences, for the prompt; may change from
+            episode to episode.
+        legal_actions: all legal actions in their canonical spelling, which may change from turn to turn; None where
+            they are open-ended.
         reading_fields: the keys of `state_text`, in order.
-        max_turns: turns after which an episode is truncated; an invalid action uses a turn too.
+        max_turns: turns after which an episode is truncated; an invalid action uses a turn too. None: never.
+        picture_size: height and width of the observation's "image"; None where there is none.
+        text_length: the longest "text" of an observation; 0 where there is none.
+        turns: that were taken in the running episode.
 
     Args:
         render_mode: None or "rgb_array".
@@ -50,7 +65,9 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
     task: str
     legal_actions: tuple[str, ...] | None = None
     reading_fields: tuple[str, ...] = ()
-    max_turns: int
+    max_turns: int | None
+    picture_size: tuple[int, int] | None = (300, 300)
+    text_length: int = 0
 
     def __init__(
         self,
@@ -71,30 +88,51 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
         self.render_mode = render_mode
         self.invalid_penalty = float(invalid_penalty)
         self.on_invalid = on_invalid
-        self.observation_space = spaces.Dict({"image": spaces.Box(0, 255, (300, 300, 3), np.uint8)})
+        parts: dict[str, spaces.Space] = {}
+        if self.picture_size is not None:
+            parts["image"] = spaces.Box(0, 255, (*self.picture_size, 3), np.uint8)
+        if self.text_length:
+            parts["text"] = FreeText(self.text_length, min_length=0, charset=string.printable)
+        self.observation_space = spaces.Dict(parts)
         self.action_space = spaces.Text(max_length=MAX_ACTION_LENGTH, min_length=0, charset=string.printable)
         self.turns = 0
         self._running = False
+        self._script: Script | None = None
 
     # What a game implements.
 
     @abstractmethod
-    def _start(self, options: dict[str, Any]) -> None:
-        """Sets the first state. Unknown keys of `options` were refused by `reset`."""
+    def _start(self, options: dict[str, Any], seed: int | None) -> None:
+        """Sets the first state. Unknown keys of `options` were refused by `reset`; `np_random` is seeded already."""
 
     @abstractmethod
-    def _play(self, action: Any) -> tuple[float, bool]:
-        """Executes a native action. Returns (reward, terminated). Truncation is the base class's."""
+    def _play(self, action: Any) -> tuple[float, bool, bool]:
+        """Executes a native action. Returns (reward, terminated, truncated), `max_turns` left out of it."""
 
-    @abstractmethod
     def _picture(self) -> NDArray[np.uint8]:
-        """The state as a fresh (300, 300, 3) uint8 array."""
+        """The state as a fresh uint8 array [H, W, 3] of `picture_size`."""
+        raise NotImplementedError
 
-    @abstractmethod
+    def _text(self) -> str:
+        """The state as text, of at most `text_length` characters."""
+        raise NotImplementedError
+
     def state_text(self) -> dict[str, str]:
-        """What the picture shows, read aloud: one string for each of `reading_fields`."""
+        """What the observation shows, read aloud: one string for each of `reading_fields`."""
+        return {}
 
-    reset_options: tuple[str, ...] = ()
+    def _make_script(self) -> Script:
+        """A script for the episode that has just begun."""
+        return Script(self)
+
+    @property
+    def script(self) -> Script:
+        """Scripted play of the running episode, made when it is first asked for."""
+        if self._script is None:
+            self._script = self._make_script()
+        return self._script
+
+    reset_options: tuple[str, ...] | None = ()  # keys that `reset(options=...)` takes; None: any
 
     def parse_env(self, action: Any) -> Any | None:
         """The native action that a string names; None if it is not legal. Total; ignores case and outer space."""
@@ -110,13 +148,13 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
         options = dict(options or {})
-        unknown = sorted(set(options) - set(self.reset_options))
-        if unknown:
+        if self.reset_options is not None and (unknown := sorted(set(options) - set(self.reset_options))):
             known = ", ".join(self.reset_options) or "none"
             raise ValueError(f"{type(self).__name__}.reset: unknown options {unknown}; it knows {known}")
-        self._start(options)
+        self._start(options, seed)
         self.turns = 0
         self._running = True
+        self._script = None
         return self._observation(), {}
 
     def step(self, action: str) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
@@ -125,22 +163,22 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
         self.turns += 1
         native = self.parse_env(action)
         valid = native is not None
-        reward, terminated = 0.0, False
+        reward, terminated, truncated = 0.0, False, False
         if not valid:
             reward -= self.invalid_penalty
             if self.on_invalid == "random" and self.legal_actions:
                 native = self.parse_env(self.legal_actions[int(self.np_random.integers(len(self.legal_actions)))])
             terminated = self.on_invalid == "terminate"
         if native is not None:
-            gained, terminated = self._play(native)
+            gained, terminated, truncated = self._play(native)
             reward += gained
-        truncated = not terminated and self.turns >= self.max_turns
+        truncated |= not terminated and self.max_turns is not None and self.turns >= self.max_turns
         self._running = not (terminated or truncated)
         info = {"valid": valid, "action": "" if native is None else str(native)}
         return self._observation(), reward, terminated, truncated, info
 
     def render(self) -> Any:
-        """The current picture, (300, 300, 3) uint8, in the mode "rgb_array"; None without a render mode."""
+        """The current picture, uint8 [H, W, 3], in the mode "rgb_array"; None without a render mode."""
         if self.render_mode is None:
             gymnasium.logger.warn(
                 f"{type(self).__name__}.render() was called without a render mode; "
@@ -150,4 +188,54 @@ class TextActionEnv(gymnasium.Env[Observation, str]):
         return self._picture()
 
     def _observation(self) -> Observation:
-        return {"image": self._picture()}
+        observation: Observation = {}
+        if self.picture_size is not None:
+            observation["image"] = self._picture()
+        if self.text_length:
+            observation["text"] = self._text()
+        return observation
+
+
+class Script:
+    """Scripted play of one episode, which `make_demonstrator` builds its players from. This base can play at random.
+
+    Each method may be asked any number of times in a turn, and answers for the environment's present state.
+    """
+
+    def __init__(self, env: Any):
+        self.env = env
+
+    def expert(self) -> str:
+        """The right action.
+
+        Raises:
+            NotImplementedError: there is no expert.
+        """
+        raise NotImplementedError(f"{type(self.env).__name__} has no scripted expert; only random play")
+
+    def unmistaken(self) -> str:
+        """What a flawed player does when it makes no mistake."""
+        return self.expert()
+
+    def mistake(self) -> str:
+        """What the environment's one systematic mistake makes of the right action.
+
+        Raises:
+            NotImplementedError: there is no such mistake.
+        """
+        raise NotImplementedError(f"{type(self.env).__name__} has no scripted mistake; only random play")
+
+    def random(self, rng: np.random.Generator) -> str:
+        """An action of random play: uniform over the legal ones.
+
+        Raises:
+            NotImplementedError: the legal actions are open-ended.
+        """
+        legal = self.env.legal_actions
+        if not legal:
+            raise NotImplementedError(f"{type(self.env).__name__} has no list of legal actions to draw from")
+        return legal[int(rng.integers(len(legal)))]
+
+    def thoughts(self) -> str:
+        """A short sentence that follows from the reading and does not depend on the action taken."""
+        return ""

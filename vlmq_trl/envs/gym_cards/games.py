@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmq_trl.envs import drawing
-from vlmq_trl.envs.base import TextActionEnv
-from vlmq_trl.envs.formula import evaluate_formula, solve
+from vlmq_trl.envs.base import Script, TextActionEnv
+from vlmq_trl.envs.gym_cards import drawing
+from vlmq_trl.envs.gym_cards.formula import evaluate_formula, solve
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 NUMBERS = tuple(str(n) for n in range(1, 11))
@@ -45,7 +45,18 @@ def _listed(ranks: list[str]) -> str:
     return "[" + ", ".join(ranks) + "]"
 
 
-class NumberLine(TextActionEnv):
+class CardGame(TextActionEnv):
+    """What all four share: a limit of turns, and `scripts.py`, which plays them."""
+
+    max_turns: int
+
+    def _make_script(self) -> Script:
+        from vlmq_trl.envs.gym_cards.scripts import make_script  # it knows the games, not they it
+
+        return make_script(self)
+
+
+class NumberLine(CardGame):
     """Step left or right until the current number is the target; both lie in 0..5 and walls hold.
 
     The reward is 1 on reaching the target, -1 for a move that comes no closer, else 0. Truncated after 10 turns.
@@ -59,7 +70,7 @@ class NumberLine(TextActionEnv):
     max_turns = 10
     max_position = 5
 
-    def _start(self, options: dict[str, Any]) -> None:
+    def _start(self, options: dict[str, Any], seed: int | None) -> None:
         self.target = int(self.np_random.integers(self.max_position + 1))
         self.current = int(self.np_random.integers(self.max_position))
         self.current += self.current >= self.target  # uniform over the five other positions
@@ -78,12 +89,12 @@ class NumberLine(TextActionEnv):
                 )
             self.target, self.current = int(self.target), int(self.current)
 
-    def _play(self, action: str) -> tuple[float, bool]:
+    def _play(self, action: str) -> tuple[float, bool, bool]:
         before = abs(self.target - self.current)
         self.current = min(max(self.current + (1 if action == "+" else -1), 0), self.max_position)
         if self.current == self.target:
-            return 1.0, True
-        return (0.0 if abs(self.target - self.current) < before else -1.0), False
+            return 1.0, True, False
+        return (0.0 if abs(self.target - self.current) < before else -1.0), False, False
 
     def _picture(self) -> NDArray[np.uint8]:
         return drawing.number_line(self.target, self.current)
@@ -92,7 +103,7 @@ class NumberLine(TextActionEnv):
         return {"current number": str(self.current), "target number": str(self.target)}
 
 
-class PointsGame(TextActionEnv):
+class PointsGame(CardGame):
     """What EZPoints and Points24 share: build a formula entry by entry out of the cards, `=` evaluates it and ends.
 
     A number appends if a card of that value is unused; otherwise it costs 1 and appends a blank. `=` gives 10 if every
@@ -116,7 +127,7 @@ class PointsGame(TextActionEnv):
     def _deal(self) -> list[str]:
         raise NotImplementedError
 
-    def _start(self, options: dict[str, Any]) -> None:
+    def _start(self, options: dict[str, Any], seed: int | None) -> None:
         self.cards = self._deal()
         if "cards" in options:
             self.cards = _checked_ranks(options["cards"], self.num_cards, f"{type(self).__name__}.reset: cards")
@@ -149,13 +160,14 @@ class PointsGame(TextActionEnv):
         assert self.legal_actions is not None
         return tuple(a for a in self.legal_actions if a not in NUMBERS and a != "=")
 
-    def _play(self, action: str) -> tuple[float, bool]:
+    def _play(self, action: str) -> tuple[float, bool, bool]:
         if action == "=":
             entries = [entry for entry in self.formula if entry != drawing.BLANK]
-            return (10.0 if not self.unused() and evaluate_formula(entries) == self.goal else -1.0), True
+            won = not self.unused() and evaluate_formula(entries) == self.goal
+            return (10.0 if won else -1.0), True, False
         illegal = action in NUMBERS and int(action) not in self.unused()
         self.formula.append(drawing.BLANK if illegal else action)
-        return (-1.0 if illegal or len(self.formula) > self.max_entries else 0.0), False
+        return (-1.0 if illegal or len(self.formula) > self.max_entries else 0.0), False, False
 
     def _picture(self) -> NDArray[np.uint8]:
         return drawing.points(self.cards, self.formula, *self.layout)
@@ -202,7 +214,7 @@ def hand_total(values: list[int]) -> tuple[int, bool]:
     return sum(values) + 10 * usable, usable
 
 
-class Blackjack(TextActionEnv):
+class Blackjack(CardGame):
     """Gymnasium's Blackjack with no bonus for naturals: +1 win, 0 draw, -1 loss; ends on `stand` or bust.
 
     Cards come from an infinite deck of 13 equally likely ranks; the face-down card is dealt with the first four. Legal
@@ -222,7 +234,7 @@ class Blackjack(TextActionEnv):
     def _draw(self) -> str:
         return RANKS[int(self.np_random.integers(len(RANKS)))]
 
-    def _start(self, options: dict[str, Any]) -> None:
+    def _start(self, options: dict[str, Any], seed: int | None) -> None:
         self.dealer = [self._draw(), self._draw()]
         self.player = [self._draw(), self._draw()]
         if "dealer" in options:
@@ -236,16 +248,16 @@ class Blackjack(TextActionEnv):
         """The player's total and whether it holds a usable ace."""
         return hand_total([card_value(rank) for rank in self.player])
 
-    def _play(self, action: str) -> tuple[float, bool]:
+    def _play(self, action: str) -> tuple[float, bool, bool]:
         if action == "hit":
             self.player.append(self._draw())
-            return (-1.0, True) if self.total()[0] > 21 else (0.0, False)
+            return (-1.0, True, False) if self.total()[0] > 21 else (0.0, False, False)
         while (dealer := hand_total([card_value(rank) for rank in self.dealer])[0]) < 17:
             self.dealer.append(self._draw())
         player = self.total()[0]
         if dealer > 21 or player > dealer:
-            return 1.0, True
-        return (0.0 if player == dealer else -1.0), True
+            return 1.0, True, False
+        return (0.0 if player == dealer else -1.0), True, False
 
     def _picture(self) -> NDArray[np.uint8]:
         return drawing.blackjack(self.dealer[0], self.player)

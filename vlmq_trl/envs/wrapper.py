@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any Gymnasium environment that gives pictures, as a task for a vision-language model."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from vlmq_trl.envs.base import OnInvalid, TextActionEnv
+
+TaskOf = Callable[[gymnasium.Env, Any], str]
+TextOf = Callable[[gymnasium.Env, Any, dict[str, Any]], str]
+PictureOf = Callable[[gymnasium.Env, Any], NDArray[np.uint8]]
+
+
+class VLMAgentWrapper(TextActionEnv):
+    """A Gymnasium environment, acted on with words and seen as pictures.
+
+        env = VLMAgentWrapper(
+            gymnasium.make("FrozenLake-v1", render_mode="rgb_array"),
+            actions={"left": 0, "down": 1, "right": 2, "up": 3},
+            task="Reach the gift without falling into a hole.",
+        )
+
+    `reset` hands seed and options on, so that equal seeds give the episodes that they give without the wrapper;
+    `terminated` and `truncated` are the environment's own. Success is a positive return, as everywhere.
+
+    Args:
+        env: the environment. It renders "rgb_array", unless `picture` is given.
+        actions: words for the actions of a discrete space, or for any other actions; None hands the model's string to
+            the environment, whose action space is then `spaces.Text`.
+        task: what to do, for the prompt, or a function (environment, its first observation) -> that, asked at each
+            reset; the actions are listed behind it.
+        text: (environment, its observation, its info) -> text shown beside the picture; None shows none.
+        text_length: the longest such text, in characters; longer ones lose their end.
+        picture: (environment, its observation) -> uint8 [H, W, 3]; None takes `env.render()`. "observation" takes the
+            observation itself.
+        frame_skip: how often the action is repeated, rewards added; 1 for turn-based environments.
+        max_turns: turns after which an episode is truncated, beside the environment's own limit.
+        invalid_penalty, on_invalid: as in `TextActionEnv`. The penalty is 0 here: what is little beside a reward
+            depends on the environment, and large ones make a failure of an episode that reached its goal.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the environment; says which and why.
+    """
+
+    reset_options = None  # the environment's own
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        actions: Mapping[str, Any] | None = None,
+        task: str | TaskOf = "",
+        *,
+        text: TextOf | None = None,
+        text_length: int = 4096,
+        picture: PictureOf | str | None = None,
+        frame_skip: int = 1,
+        max_turns: int | None = None,
+        render_mode: str | None = "rgb_array",
+        invalid_penalty: float = 0.0,
+        on_invalid: OnInvalid = "noop",
+    ) -> None:
+        if not isinstance(env, gymnasium.Env):
+            raise TypeError(f"VLMAgentWrapper wraps an environment, got {type(env).__name__}; make it first")
+        if frame_skip < 1 or (max_turns is not None and max_turns < 1):
+            raise ValueError(f"frame_skip and max_turns must be at least 1, got {frame_skip} and {max_turns}")
+        if picture is None and env.render_mode != "rgb_array":
+            raise ValueError(
+                f"the environment renders {env.render_mode!r}; make it with render_mode='rgb_array', or say by "
+                "`picture` where the pictures come from"
+            )
+        if isinstance(picture, str) and picture != "observation":
+            raise ValueError(f"picture must be None, 'observation' or a function, not {picture!r}")
+        self.env = env
+        self.actions = None if actions is None else self._checked_actions(actions, env.action_space)
+        if actions is None and not isinstance(env.action_space, spaces.Text):
+            raise TypeError(
+                f"the environment's actions are {env.action_space}: give words for them, "
+                "actions={'left': 0, 'right': 1}"
+            )
+        self.legal_actions = None if self.actions is None else tuple(self.actions)
+        self._task_of = task
+        self.task = self._task() if isinstance(task, str) else ""
+        self._text_of, self._picture_of, self.frame_skip = text, picture, frame_skip
+        self.text_length = text_length if text is not None else 0
+        self.max_turns = max_turns
+        self._seen: Any = None  # the environment's last observation
+        self._info: dict[str, Any] = {}
+        self._probed = False  # whether the environment was seeded to look at it
+        self.picture_size = self._find_picture_size()
+        super().__init__(render_mode, invalid_penalty, on_invalid)
+        self.metadata = {**self.metadata, "render_fps": env.metadata.get("render_fps", 4)}
+        if self.actions is None:
+            assert isinstance(env.action_space, spaces.Text)
+            longest = env.action_space.max_length
+            self.action_space = spaces.Text(max_length=longest, min_length=0, charset=string.printable)
+
+    @staticmethod
+    def _checked_actions(actions: Mapping[str, Any], space: spaces.Space) -> dict[str, Any]:
+        """`actions` with their words in lower case, each a member of the environment's action space."""
+        words = {str(word).strip().lower(): action for word, action in actions.items()}
+        if not words or "" in words or len(words) < len(actions):
+            raise ValueError(f"actions must be distinct, not blank, whatever their case; got {list(actions)}")
+        for word, action in words.items():
+            if not space.contains(action):
+                raise ValueError(f"the action {word!r} stands for {action!r}, which is not in {space}")
+        return words
+
+    def _find_picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures: from the observation space, or of the picture after a reset."""
+        space = self.env.observation_space
+        if self._picture_of == "observation":
+            if not (isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3):
+                raise ValueError(f"the observation is no picture but {space}; leave out picture='observation'")
+            return int(space.shape[0]), int(space.shape[1])
+        self._seen, self._info = self.env.reset(seed=0)
+        self._probed = True
+        height, width, _ = self._picture().shape
+        return height, width
+
+    def parse_env(self, action: Any) -> Any | None:
+        """The action's word; without words, the string itself if the environment's space has it."""
+        if self.actions is not None:
+            return super().parse_env(action)
+        return action if isinstance(action, str) and self.env.action_space.contains(action) else None
+
+    def _start(self, options: dict[str, Any], seed: int | None) -> None:
+        if seed is None and self._probed:
+            seed = int(self.np_random.integers(2**31))
+        self._probed = False
+        self._seen, self._info = self.env.reset(seed=seed, options=options or None)
+        self.task = self._task()
+
+    def _task(self) -> str:
+        task = self._task_of if isinstance(self._task_of, str) else self._task_of(self.env, self._seen)
+        words = f"Actions: {', '.join(self.legal_actions)}." if self.legal_actions else ""
+        return " ".join(part for part in (task.strip(), words) if part)
+
+    def _play(self, action: str) -> tuple[float, bool, bool]:
+        native = action if self.actions is None else self.actions[action]
+        total = 0.0
+        for _ in range(self.frame_skip):
+            self._seen, reward, terminated, truncated, self._info = self.env.step(native)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return total, bool(terminated), bool(truncated)
+
+    def _picture(self) -> NDArray[np.uint8]:
+        if callable(self._picture_of):
+            shown: Any = self._picture_of(self.env, self._seen)
+        else:
+            shown = self._seen if self._picture_of == "observation" else self.env.render()
+        picture = np.array(shown)  # a copy: environments may draw every picture into the same buffer
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(
+                f"the environment's picture is {picture.dtype} of shape {list(picture.shape)}, not uint8 [H, W, 3]; "
+                "give a function as `picture`"
+            )
+        return picture
+
+    def _text(self) -> str:
+        assert self._text_of is not None
+        return self._text_of(self.env, self._seen, self._info)[: self.text_length]
+
+    def close(self) -> None:
+        self.env.close()
