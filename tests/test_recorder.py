@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from vlmq_trl import recorder
 from vlmq_trl.agent_format import make_format
-from vlmq_trl.recorder import BAR, MARGIN, PANEL_PALETTE, EpisodeRecorder
+from vlmq_trl.recorder import EpisodeRecorder, gif
+from vlmq_trl.recorder.gif import BAR, MARGIN, PANEL_PALETTE
 from vlmq_trl.rollout import Response, play_episodes
 from vlmq_trl.trajectory import Episode, Turn
 
@@ -217,16 +217,16 @@ def test_any_response_can_be_drawn(tmp_path, response):
 
 
 def test_text_stays_in_its_box():
-    font = recorder._font(15)
+    font = gif._font(15)
     for text in ("word " * 1000, "x" * 5000, "a " + "W" * 80 + " b", "🙂" * 100, "i\n" * 30, "é" * 500):
         for keep_end in (False, True):
-            lines = recorder._wrapped(text, 15, 200, 5, keep_end)
+            lines = gif._wrapped(text, 15, 200, 5, keep_end)
             assert len(lines) == 5 and all(font.getlength(line) <= 200 for line in lines)
             assert lines[0].startswith("…") if keep_end else lines[-1].endswith("…")
-    assert recorder._wrapped("one two\n\nthree", 15, 200, 5) == ["one two", "", "three"]
-    first, *others = recorder._wrapped("a " + "W" * 9, 15, 100, 5)
+    assert gif._wrapped("one two\n\nthree", 15, 200, 5) == ["one two", "", "three"]
+    first, *others = gif._wrapped("a " + "W" * 9, 15, 100, 5)
     assert first == "a" and len(others) == 2 and "".join(others) == "W" * 9
-    assert recorder._wrapped("é — ’½🙂\ud800", 15, 500, 5) == ["e - '\\xbd\\U0001f642\\ud800"]
+    assert gif._wrapped("é — ’½🙂\ud800", 15, 500, 5) == ["e - '\\xbd\\U0001f642\\ud800"]
 
 
 def test_names_are_safe(tmp_path):
@@ -248,7 +248,7 @@ def test_equal_episodes_give_equal_files(tmp_path):
 
 
 def test_a_long_episode_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "LONGEST", 3)
+    monkeypatch.setattr(gif, "LONGEST", 3)
     record(tmp_path, episode(*[turn()] * 5))
     assert len(frames(tmp_path)) == 4
     assert [row["frame"] for row in rows(tmp_path)] == [0, 1, 2, None, None]
@@ -256,7 +256,7 @@ def test_a_long_episode_is_cut(tmp_path, monkeypatch):
 
 def test_a_very_long_episode(tmp_path, monkeypatch):
     """The progress of one turn is less than a pixel."""
-    monkeypatch.setattr(recorder, "LONGEST", 2)
+    monkeypatch.setattr(gif, "LONGEST", 2)
     record(tmp_path, episode(*[turn()] * 5000))
     assert len(frames(tmp_path)) == 3 and len(rows(tmp_path)) == 5000
 
@@ -273,7 +273,7 @@ def test_timing(tmp_path):
     with Image.open(next(tmp_path.glob("*.gif"))) as image:
         times = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
         assert image.info["loop"] == 0
-    assert times == [recorder.TURN_MS, recorder.TURN_MS, recorder.END_MS]
+    assert times == [gif.TURN_MS, gif.TURN_MS, gif.END_MS]
 
 
 # ---- when it cannot be recorded ----

@@ -21,7 +21,7 @@ FLOORS = {
     1: {"losses", "trajectory", "critic", "agent_format", "metrics", "envs"},
     2: {"modeling", "collator", "replay", "env_pool", "rollout", "policy", "embedded", "remote", "recorder"},
     3: {"callbacks", "online", "vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
-    4: {"cli"},
+    4: {"show"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 

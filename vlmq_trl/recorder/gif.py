@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Episodes that one can look at: an animated picture of each, and their turns as JSON lines.
+"""An episode as an animated picture.
 
 A frame shows what the agent saw (the turn's last picture, or the prompt where there is none) and, beside it, what it
 answered and what that earned; the last frame shows how the episode ended. Drawn with Pillow alone.
 
-Contents: `EpisodeRecorder`.
+Contents: `episode_gif`, `message_text`.
 """
 
 import io
-import json
-import os
-import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
-from warnings import warn
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .trajectory import Episode, Turn
+from vlmq_trl.trajectory import Episode, Turn
 
-LONGEST = 256  # turns that are drawn; all are written to the JSON lines
+LONGEST = 256  # turns that are drawn
 TURN_MS, END_MS = 900, 3000
 PICTURE = 448  # longest side of a picture: a smaller one is enlarged by whole numbers, a larger one is shrunk
 PANEL, HEIGHT, MARGIN, BAR = 380, 336, 20, 4  # the panel's width and least height, the space around, the progress bar
@@ -48,70 +43,12 @@ PANEL_PALETTE = np.array(
 )
 
 
-class EpisodeRecorder:
-    """Records episodes while they pass by.
-
-    The folder, made when it is needed, gets `000-<episode id>.gif`, `001-...`, and `episodes.jsonl` with one line per
-    turn: `episode_id`, `env_id`, `seed`, `turn`, `prompt`, `response`, `action`, `valid`, `reward`, `terminated`,
-    `truncated`, `return` so far, and the turn's `frame` in `gif` (null after the first 256 turns). Equal episodes give
-    equal files; a new recording overwrites an earlier one in the same folder.
-
-    Args:
-        folder: where the files go.
-        count: how many episodes, the first ones, are recorded.
-    """
-
-    def __init__(self, folder: str | os.PathLike, count: int = 4):
-        if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}.")
-        self.folder, self.count = Path(folder), count
-
-    def watch(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
-        """Yields all episodes as they are. Where the disk does not take a file, one warning ends the recording."""
-        recording = True
-        for number, episode in enumerate(episodes):
-            recording = recording and number < self.count
-            if recording and episode.turns:
-                try:
-                    self._record(number, episode)
-                except OSError as error:
-                    recording = False
-                    warn(f"Episodes are no longer recorded into {self.folder}: {error}", stacklevel=2)
-            yield episode
-
-    def _record(self, number: int, episode: Episode) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        gif = f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', episode.episode_id)[:80]}.gif"
-        (self.folder / gif).write_bytes(_gif(_frames(episode)))
-        with open(self.folder / "episodes.jsonl", "a" if number else "w", encoding="ascii") as lines:
-            for row in _rows(episode, gif):
-                lines.write(json.dumps(row) + "\n")
+def episode_gif(episode: Episode) -> bytes:
+    """The GIF of an episode of at least one turn; equal episodes give equal bytes."""
+    return _gif(_frames(episode))
 
 
-def _rows(episode: Episode, gif: str) -> Iterator[dict[str, Any]]:
-    last = len(episode.turns) - 1
-    total = 0.0
-    for k, turn in enumerate(episode.turns):
-        total += float(turn.reward)
-        yield {
-            "episode_id": episode.episode_id,
-            "env_id": episode.env_id,
-            "seed": int(episode.seed),
-            "turn": k,
-            "prompt": "\n".join(f"{message['role']}: {_text(message)}" for message in turn.prompt),
-            "response": turn.completion,
-            "action": turn.action,
-            "valid": bool(turn.valid),
-            "reward": float(turn.reward),
-            "terminated": bool(episode.terminated and k == last),
-            "truncated": bool(episode.truncated and k == last),
-            "return": total,
-            "gif": gif,
-            "frame": k if k < LONGEST else None,
-        }
-
-
-def _text(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
     """A message's content, with `<image>` for a picture."""
     content = message["content"]
     if isinstance(content, str):
@@ -193,7 +130,7 @@ class _Page:
 
     def prompt(self, prompt: list[dict[str, Any]]) -> None:
         """What the agent read; of a long prompt the end, where the observation stands."""
-        text = _text(prompt[-1]) if prompt else ""
+        text = message_text(prompt[-1]) if prompt else ""
         self.card(MARGIN, MARGIN, self.left - 2 * MARGIN, self.bottom, "PROMPT", text, keep_end=True)
 
     def numbers(self, y: int, *columns: tuple[str, float | str]) -> None:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plays episodes and writes them down to be looked at: as GIF, as HTML page and as JSON lines.
+
+    python -m vlmq_trl.show vlmq_trl/NumberLine-v0 --policy flawed:0.3
+    python -m vlmq_trl.show vlmq_trl/Blackjack-v0 --model runs/my_agent --temperature 1 --episodes 3
+
+Contents: `show_episodes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+
+from vlmq_trl.agent_format import AgentFormat, default_format, make_format
+from vlmq_trl.env_pool import EnvSpec, make_env
+from vlmq_trl.envs import make_demonstrator
+from vlmq_trl.policy import ModelPolicy
+from vlmq_trl.recorder import EpisodeRecorder
+from vlmq_trl.rollout import DemonstratorPolicy, Policy, play_episodes
+from vlmq_trl.trajectory import Episode
+
+
+def show_episodes(
+    env: EnvSpec,
+    policy: str | Policy = "expert",
+    folder: str | os.PathLike = "episodes",
+    *,
+    episodes: int = 1,
+    seed: int = 0,
+    agent_format: AgentFormat | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    max_turns: int | None = None,
+) -> list[Episode]:
+    """Plays episodes and writes each as `000-<episode id>.gif` and `.html`, and their turns as `episodes.jsonl`.
+
+    Args:
+        env: a Gymnasium id, or a function that makes a new environment.
+        policy: a demonstrator's name ("expert", "random", "flawed:0.3", ...; then `env` is an id), or anything with
+            `act(requests)`, such as `ModelPolicy(model, processor)`.
+        folder: where the files go.
+        Others: as `play_episodes`.
+
+    Returns:
+        The episodes that were played.
+
+    Raises:
+        ValueError: a demonstrator for an environment that is not given by its id; bad numbers.
+    """
+    if isinstance(policy, str):
+        if not isinstance(env, str):
+            raise ValueError(f"the policy {policy!r} needs an environment's id; pass a `Policy` to play a function's")
+        demonstrator = make_demonstrator(env, policy)
+        if agent_format is None:
+            probe = make_env(env, env_kwargs)
+            try:
+                agent_format = default_format(probe)
+            finally:
+                probe.close()
+        policy = DemonstratorPolicy(demonstrator, agent_format)
+    played = play_episodes(
+        env,
+        policy,
+        episodes=episodes,
+        seed=seed,
+        agent_format=agent_format,
+        num_envs=1,
+        env_kwargs=env_kwargs,
+        max_turns=max_turns,
+    )
+    return list(EpisodeRecorder(folder, episodes, html=True).watch(played))
+
+
+def load_policy(name: str, temperature: float, max_completion_length: int) -> ModelPolicy:
+    """A saved model, adapter or Hub repository as a policy, on the GPU where there is one."""
+    from transformers import AutoProcessor
+
+    from vlmq_trl.modeling import load_pretrained
+
+    model = load_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    processor = AutoProcessor.from_pretrained(name)
+    return ModelPolicy(model, processor, temperature=temperature, max_completion_length=max_completion_length)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`key=value` of the command line; a value that is a Python literal counts as one, else it is a string."""
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmq_trl.show", description="Play episodes, and write them as GIF, HTML page and JSON lines."
+    )
+    parser.add_argument("env_id", help="a Gymnasium id; `python -m vlmq_trl.envs` lists this package's")
+    player = parser.add_mutually_exclusive_group()
+    player.add_argument("--policy", default="expert", help="expert, random, flawed:0.3, ... (default: expert)")
+    player.add_argument("--model", help="a saved model or adapter, or a Hub repository, instead of a script")
+    parser.add_argument("--episodes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="episodes", help="folder (default: episodes)")
+    parser.add_argument("--agent_format", choices=("plain", "json"), help="default: the environment's own")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of a model; 0 is greedy")
+    parser.add_argument("--max_completion_length", type=int, default=256, help="of a model, in tokens")
+    parser.add_argument("--max_turns", type=int)
+    parser.add_argument(
+        "--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help="of the environment"
+    )
+    chosen = parser.parse_args(arguments)
+    policy: Any = chosen.policy
+    if chosen.model is not None:
+        policy = load_policy(chosen.model, chosen.temperature, chosen.max_completion_length)
+    played = show_episodes(
+        chosen.env_id,
+        policy,
+        chosen.output,
+        episodes=chosen.episodes,
+        seed=chosen.seed,
+        agent_format=make_format(chosen.agent_format) if chosen.agent_format else None,
+        env_kwargs=dict(chosen.option),
+        max_turns=chosen.max_turns,
+    )
+    for episode in played:
+        how = "terminated" if episode.terminated else "truncated"
+        print(f"{episode.episode_id}: return {episode.return_:+.4g}, {len(episode.turns)} turns, {how}")
+        for k, turn in enumerate(episode.turns):
+            print(f"  {k:>3}  {turn.action or '-'}{'' if turn.valid else '  (invalid)'}  {turn.reward:+.4g}")
+    print(f"Pictures, pages and turns: {Path(chosen.output).resolve()}{os.sep}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, TypeError, ImportError, gymnasium.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
