@@ -17,6 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ALL_READY := $(VENV)/.all-ready
 LAUNCH := $(BIN)/accelerate launch --config_file examples/accelerate_configs/single.yaml \
 	--num_cpu_threads_per_process $(THREADS)
 
@@ -31,13 +32,19 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
+# The other domains' packages too: a browser's driver, a text game engine that is compiled (minutes), an emulator.
+$(ALL_READY): $(READY)
+	@echo "Adding the packages of all environments (some are compiled: a few minutes) ..."
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,envs]' -c constraints.txt
+	@touch $@
+
 demo: $(READY)
 	$(LAUNCH) examples/train_gym_cards.py --config examples/configs/demo.yaml
 
-test: $(READY)
+test: $(ALL_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(READY)
+test-slow: $(ALL_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --durations 10 $(PYTEST_ARGS)
 
 check: $(READY)
