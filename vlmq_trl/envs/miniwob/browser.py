@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Chromium, BrowserGym's environment in it, and a MiniWoB++ task in that; needs their packages.
+
+Playwright's driver, a process of its own, is shared by all browsers of this process and ends with the last of them.
+What is set differently from BrowserGym's own MiniWoB++:
+
+- Chromium is this machine's, is kept from episode to episode (each gets a fresh context, without cookies or caches),
+  and takes no more episodes than `EPISODES_PER_BROWSER`;
+- no second browser for a chat, no delays, an episode timer of 24 days, language en-US and time zone UTC;
+- a page reaches MiniWoB++'s own files and nothing else;
+- actions are BrowserGym's functions, called; no text is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import browsergym.core
+import browsergym.core.env as browsergym_env
+import miniwob
+from browsergym.core.action import functions
+from browsergym.miniwob import ALL_MINIWOB_TASKS
+from playwright.sync_api import Error as PlaywrightError
+
+from vlmq_trl.envs.miniwob.actions import Call
+
+HTML = (Path(miniwob.__file__).resolve().parent / "html").as_uri() + "/"
+EPISODE_MILLISECONDS = 2**31 - 1  # the longest that a page's timer can run
+EPISODES_PER_BROWSER = 100
+SETTLE_MILLISECONDS = 1000  # the longest wait for a page's animations to end
+CHROMIUM_FLAGS = (
+    "--no-sandbox",  # Chromium refuses to run as root with it
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_SETTLE = """async limit => {
+    const end = Date.now() + limit;
+    while (window.jQuery && jQuery.timers.length && Date.now() < end) await new Promise(r => setTimeout(r, 20));
+}"""
+
+
+class BrowserCrashedError(RuntimeError):
+    """The browser died during an episode; the next reset starts another."""
+
+
+class _Driver:
+    """Playwright's driver, shared by this process's browsers, and by BrowserGym's where it has started it."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.ours = False
+        self.thread = 0
+
+    def get(self) -> Any:
+        """Playwright, started if it does not run."""
+        if browsergym.core._PLAYWRIGHT is None:
+            try:
+                browsergym.core._get_global_playwright()
+            except PlaywrightError as error:
+                raise RuntimeError(
+                    "MiniWoB cannot start a browser inside a running event loop (a notebook, for example); play it in "
+                    f"processes of its own: play_episodes(..., workers=True). ({_first_line(error)})"
+                ) from error
+            self.ours, self.thread = True, threading.get_ident()
+        if self.ours and self.thread != threading.get_ident():
+            raise RuntimeError(
+                "MiniWoB's browsers of one process must all be used in one thread, that of the first; play them in "
+                "processes of their own: play_episodes(..., workers=True)."
+            )
+        return browsergym.core._PLAYWRIGHT
+
+    def stop(self) -> None:
+        """Ends the driver, if it was started here."""
+        playwright = browsergym.core._PLAYWRIGHT
+        if self.ours and playwright is not None:
+            browsergym.core._set_global_playwright(None)
+            self.ours = False
+            with contextlib.suppress(Exception):  # it is dead already
+                playwright.stop()
+
+
+_DRIVER = _Driver()
+
+
+class _NoChat:
+    """In place of BrowserGym's chat window, which is a browser of its own: the messages only."""
+
+    def __init__(self, **_: Any) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def add_message(self, role: str, msg: str) -> None:
+        self.messages.append({"role": role, "timestamp": 0.0, "message": msg})
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Browser:
+    """Plays episodes of one task. No browser runs before the first `reset`.
+
+    Args:
+        task: a MiniWoB++ task's name, such as "click-test".
+        chromium: the path of Chromium.
+        delay: seconds between an action and the observation.
+    """
+
+    def __init__(self, task: str, chromium: str, delay: float = 0.0):
+        self.chromium = chromium
+        self._process: Any = None  # Playwright's Browser
+        self._episodes = 0
+        self._counted = False
+        task_class = _local(next(one for one in ALL_MINIWOB_TASKS if one.subdomain == task))
+        self.env: Any = browsergym_env.BrowserEnv(
+            task_class,
+            task_kwargs={"base_url": f"{HTML}miniwob/", "episode_max_time": EPISODE_MILLISECONDS},
+            locale="en-US",
+            timezone_id="UTC",
+            pw_context_kwargs={"accept_downloads": False, "offline": True, "service_workers": "block"},
+            pre_observation_delay=delay,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether Chromium runs, as far as is known."""
+        return self._process is not None and self._process.is_connected()
+
+    def reset(self, seed: int) -> Mapping[str, Any]:
+        """BrowserGym's first observation of a new episode. Starts Chromium anew if it is dead, and then tries again.
+
+        Raises:
+            RuntimeError: Chromium does not start, or the page does not load, twice.
+        """
+        try:
+            return self._reset(seed)
+        except PlaywrightError:
+            self.close()
+        try:
+            return self._reset(seed)
+        except PlaywrightError as error:
+            self.close()
+            raise RuntimeError(f"MiniWoB: {self.chromium} does not start or show the task: {error}") from error
+
+    def _reset(self, seed: int) -> Mapping[str, Any]:
+        self._end_episode()
+        if self._episodes >= EPISODES_PER_BROWSER or not self.alive:
+            self._end_process()
+        playwright = _DRIVER.get()
+        if not self._counted:
+            _DRIVER.users += 1
+            self._counted = True
+        self._episodes += 1
+        parts = SimpleNamespace(selectors=playwright.selectors, chromium=SimpleNamespace(launch=self._launch))
+        with _in_place_of(_get_global_playwright=lambda: parts, Chat=_NoChat):
+            observation, _ = self.env.reset(seed=seed)
+        return observation
+
+    def _launch(self, headless: bool, slow_mo: float, args: list[str], ignore_default_args: list[str]) -> Any:
+        """What BrowserGym takes for a new browser: the running one, or a new one with this module's settings."""
+        if self._process is None:
+            self._process = _DRIVER.get().chromium.launch(
+                headless=headless,
+                slow_mo=slow_mo,
+                args=[*args, *CHROMIUM_FLAGS],
+                ignore_default_args=ignore_default_args,
+                executable_path=self.chromium,
+            )
+        return self._process
+
+    def play(self, call: Call) -> tuple[Mapping[str, Any], float, bool]:
+        """Plays one action: BrowserGym's observation (with `last_action_error`), reward, and whether the task ended.
+
+        Raises:
+            BrowserCrashedError: the browser, or its page, died.
+        """
+        env = self.env
+        try:
+            info, _, _ = env.pre_step()
+            env.last_action = str(call)
+            env.last_action_error = self._call(call)
+            self._settle()
+            observation, reward, terminated, _, _ = env.post_step(info)
+        except PlaywrightError as error:
+            self.close()
+            raise BrowserCrashedError(
+                f"MiniWoB: the browser died on {call}: {_first_line(error)}. reset() starts another."
+            ) from error
+        return observation, float(reward), bool(terminated)
+
+    def _call(self, call: Call) -> str:
+        """Calls BrowserGym's function in the page; returns what it complained of."""
+        functions.page, functions.demo_mode, functions.retry_with_force = self.env.page, "off", False
+        arguments = [list(value) if isinstance(value, tuple) else value for value in call.arguments]
+        try:
+            getattr(functions, call.name)(*arguments)
+        except (PlaywrightError, ValueError) as error:
+            if not self.alive:
+                raise
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _settle(self) -> None:
+        """Waits for jQuery's animations to end."""
+        with contextlib.suppress(PlaywrightError):  # the page changes, and has no animations
+            self.env.page.evaluate(_SETTLE, SETTLE_MILLISECONDS)
+
+    def _end_episode(self) -> None:
+        env, context = self.env, self.env.context
+        # BrowserGym ends nothing then: it would end Chromium, and fail on a dead one.
+        env.task = env.chat = env.context = env.browser = env.page = None
+        env.page_history = {}
+        if context is not None:
+            with contextlib.suppress(Exception):  # it died
+                context.close()
+
+    def _end_process(self) -> None:
+        process, self._process, self._episodes = self._process, None, 0
+        if process is not None:
+            with contextlib.suppress(Exception):
+                process.close()
+
+    def close(self) -> None:
+        """Ends Chromium, and the driver with the last browser. May be called again; `reset` starts both anew."""
+        self._end_episode()
+        self._end_process()
+        if self._counted:
+            self._counted = False
+            _DRIVER.users -= 1
+            if _DRIVER.users == 0:
+                _DRIVER.stop()
+
+
+@contextlib.contextmanager
+def _in_place_of(**parts: Any) -> Iterator[None]:
+    """BrowserGym's module with other parts, for the time of a reset; other environments of it see nothing of that."""
+    saved = {name: getattr(browsergym_env, name) for name in parts}
+    for name, part in parts.items():
+        setattr(browsergym_env, name, part)
+    try:
+        yield
+    finally:
+        for name, part in saved.items():
+            setattr(browsergym_env, name, part)
+
+
+def _local(task_class: Any) -> Any:
+    """A task that does without delays, in a page that reaches MiniWoB++'s own files only."""
+
+    class Local(task_class):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.slow_mo = 0
+
+        def setup(self, page: Any) -> Any:
+            page.context.route(lambda url: not reachable(url), lambda route: route.abort())
+            return super().setup(page)
+
+    return Local
+
+
+def reachable(url: str) -> bool:
+    """Whether a page may load an address: MiniWoB++'s files, and what carries its content with it."""
+    return url.startswith((HTML, "data:", "about:", "blob:"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
