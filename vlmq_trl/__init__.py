@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .env_pool import EnvFailureError
     from .envs import make_demonstrator
     from .metrics import EpisodeMetrics, wilson_interval
+    from .minari import trajectories_from_minari, trajectories_to_minari
     from .modeling import AutoModelForImageTextToTextWithValueHead
     from .policy import ModelPolicy, evaluate_model
     from .recorder import EpisodeRecorder
@@ -75,6 +76,8 @@ __all__ = [
     "make_format",
     "play_episodes",
     "save_trajectories",
+    "trajectories_from_minari",
+    "trajectories_to_minari",
     "validate_trajectories",
     "wilson_interval",
 ]
@@ -88,6 +91,7 @@ _HOMES = {
     "env_pool": ["EnvFailureError"],
     "envs": ["make_demonstrator"],
     "metrics": ["EpisodeMetrics", "wilson_interval"],
+    "minari": ["trajectories_from_minari", "trajectories_to_minari"],
     "modeling": ["AutoModelForImageTextToTextWithValueHead"],
     "policy": ["ModelPolicy", "evaluate_model"],
     "recorder": ["EpisodeRecorder"],
