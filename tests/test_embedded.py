@@ -111,11 +111,12 @@ def test_lessons_end_before_the_action(game, processor):
     lesson = embedded._Lesson.collect(game, 12, 3, processor, progress=False)
     batch = lesson.batch(np.arange(12), torch.device("cpu"))
     assert batch["pixel_values"].shape[0] == 12
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+    rows = zip(batch["input_ids"], batch["labels"], batch["attention_mask"], lesson.prompt_ids, strict=True)
+    for ids, labels, mask, prompt_ids in rows:
         text = processor.tokenizer.decode(labels[labels != -100])
         assert text.startswith('{"') and text.endswith('"action": "') and text.count('"action"') == 1
-        prompt = len(lesson.prompt_ids)
-        assert (labels[:prompt] == -100).all() and ids[:prompt].tolist() == lesson.prompt_ids
+        prompt = len(prompt_ids)
+        assert (labels[:prompt] == -100).all() and ids[:prompt].tolist() == prompt_ids
         assert ((labels == -100)[prompt:] == (mask == 0)[prompt:]).all()
 
 
@@ -155,7 +156,7 @@ def test_the_exam_counts_whole_readings(processor):
 
         def __call__(self, input_ids, **kwargs):
             following = input_ids.roll(-1, dims=1)
-            following[list(self.spoilt), len(exam.prompt_ids) + 1] += 1
+            following[list(self.spoilt), len(exam.prompt_ids[0]) + 1] += 1
             return type("Output", (), {"logits": torch.nn.functional.one_hot(following, 600).float()})
 
     assert embedded._reading_accuracy(Oracle(()), exam) == 1.0

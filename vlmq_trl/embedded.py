@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded default: a VLM of about 3 M parameters, built in-process and taught to read Gym Cards, not to act.
+"""The embedded default: a VLM of about 3 M parameters, built in-process and taught to read pictures, not to act.
 
 `load_embedded_model()` gives the directory of a stock Idefics3 checkpoint. The first call builds it (minutes on two
 cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
@@ -7,7 +7,8 @@ full response up to its action (`... "action": "`): the state read aloud and the
 in states that scripted play visits, good and bad (`PLAYERS`). No action is ever in a loss. The reading is verified on
 fresh states before the model is used, and the result is cached.
 
-What was left out: any download, any other task than reading these four games.
+The four games of Gym Cards have lessons that were tried; any other environment with pictures, `reading_fields` and a
+script can be taught by its Gymnasium id. What was left out: any download, any other task than reading.
 
 Axes: B rows, T tokens.
 """
@@ -21,6 +22,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import gymnasium
 import numpy as np
@@ -42,9 +44,11 @@ from .envs.demonstrators import make_demonstrator
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 # Optimiser steps that each game's reading takes, found by looking at the accuracy on fresh states.
 LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800}
+OTHER_LESSON_STEPS = 800
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them.
-PLAYERS = dict.fromkeys(GAMES, ("expert", "flawed", "random")) | {"Points24": ("expert", "flawed")}
+EVERYONE = ("expert", "flawed", "random")
+PLAYERS = dict.fromkeys(GAMES, EVERYONE) | {"Points24": ("expert", "flawed")}
 EXTRA_COURSES = 2  # at most, for a model that does not read well enough after the first
 IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
 CHAT_TEMPLATE = (
@@ -64,9 +68,10 @@ class EmbeddedRecipe:
     """Everything that decides the embedded model; its hash names the cache entry.
 
     Args:
-        games: that it is taught to read, of `GAMES`.
+        games: that it is taught to read, of `GAMES`, or ids of other environments.
         seed: of the weights, of the training states and of their order.
-        steps: optimiser steps of the reading lessons; None takes the sum of the games' `LESSON_STEPS`.
+        steps: optimiser steps of the reading lessons; None takes the sum of the games' `LESSON_STEPS`, and for any
+            other environment `OTHER_LESSON_STEPS`.
         batch_size: rows a step, shared by the games.
         learning_rate: peak of a one-cycle cosine schedule.
         states: training states of each game; None takes 12,000 for Points24, which has the most, and 6,000 otherwise.
@@ -93,9 +98,9 @@ class EmbeddedRecipe:
     version: int = 2
 
     def __post_init__(self):
-        unknown = set(self.games) - set(GAMES)
+        unknown = [game for game in self.games if game not in GAMES and game not in gymnasium.registry]
         if unknown or not self.games:
-            raise ValueError(f"`games` must name some of {GAMES}, got {self.games}.")
+            raise ValueError(f"`games` must name some of {GAMES}, or registered environments, got {self.games}.")
         points24 = "Points24" in self.games
         if self.scale_factor is None:
             object.__setattr__(self, "scale_factor", 1 if points24 else 2)
@@ -104,7 +109,8 @@ class EmbeddedRecipe:
 
     @property
     def num_steps(self) -> int:
-        return sum(LESSON_STEPS[game] for game in self.games) if self.steps is None else self.steps
+        steps = sum(LESSON_STEPS.get(game, OTHER_LESSON_STEPS) for game in self.games)
+        return steps if self.steps is None else self.steps
 
 
 def load_embedded_model(
@@ -178,9 +184,12 @@ def build_embedded_model(
 def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
     """Image processor and own tokenizer: numbers, ranks and operators are tokens of their own, set phrases merge."""
     tokenizer = Tokenizer(models.BPE())
-    values = Regex(r"\b[1-3][0-9]\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|soft|hard|higher|lower|[\[\],]")
+    values = r"\b[1-3][0-9]\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|soft|hard|higher|lower|[\[\],]"
+    others = [game for game in recipe.games if game not in GAMES]
+    if others:
+        values += r'|(?<="action": ")[^"]+'  # the tokens before an action do not depend on it
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(values, "isolated"), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(values), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     roles = ["<system>", "<user>", "<assistant>"]
     special = ["<pad>", END_TOKEN, "<begin>", IMAGE_TOKEN, "<fake_token_around_image>", "<global-img>", *roles]
@@ -190,7 +199,7 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(_corpus([*GAMES, *others]), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -249,22 +258,22 @@ def build_model(recipe: EmbeddedRecipe, processor: Idefics3Processor) -> Idefics
     return model
 
 
-def _corpus() -> list[str]:
+def _corpus(games: list[str]) -> list[str]:
     """Prompts and responses of every game and format, for the tokenizer."""
     texts = []
-    for game in GAMES:
-        for row in _states(game, 64, seed=0):
+    for game in games:
+        for row in _states(game, 64 if game in GAMES else 512, seed=0):
             texts += [row["prompt"], row["reading"], f'{row["reading"]}+"}}']
     return texts
 
 
 def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
     """States that the game's `PLAYERS` visit: `prompt`, `messages`, `image`, `reading` (up to the action)."""
-    env_id = f"vlmq_trl/{game}-v0"
+    env_id = f"vlmq_trl/{game}-v0" if game in GAMES else game
     env: Any = gymnasium.make(env_id).unwrapped
     agent_format = default_format(env)
-    demonstrators = [make_demonstrator(env_id, policy) for policy in PLAYERS[game]]
-    rng = np.random.default_rng((seed, GAMES.index(game)))
+    demonstrators = [make_demonstrator(env_id, policy) for policy in PLAYERS.get(game, EVERYONE)]
+    rng = np.random.default_rng((seed, GAMES.index(game) if game in GAMES else crc32(game.encode())))
     rows: list[dict[str, Any]] = []
     episode = 0
     while len(rows) < count:
@@ -280,15 +289,16 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
             rows.append({"prompt": prompt, "messages": messages, "image": observation["image"], "reading": reading})
             observation, _, terminated, truncated, _ = env.step(decision.action)
             done = terminated or truncated
+    env.close()
     return [rows[i] for i in rng.permutation(len(rows))[:count]]
 
 
 @dataclass
 class _Lesson:
-    """One game's states: `prompt_ids`, one row for all; `reading_ids`, B lists; `pixels` [B, 3, H, W] uint8."""
+    """One game's states: `prompt_ids` and `reading_ids`, B lists each; `pixels` [B, 3, H, W] uint8."""
 
     game: str
-    prompt_ids: list[int]
+    prompt_ids: list[list[int]]
     reading_ids: list[list[int]]
     pixels: torch.Tensor
     pad_token_id: int
@@ -305,21 +315,26 @@ class _Lesson:
                 # Normalised with mean and standard deviation 0.5: back to bytes, exactly.
                 known[key] = ((values + 1) * 127.5).round().to(torch.uint8)
             pixels.append(known[key])
-        prompt = prepare_multimodal_messages(rows[0]["messages"], images=[rows[0]["image"]])
-        text = apply_chat_template({"prompt": prompt}, processor)["prompt"]
-        prompt_ids = processor(text=[text], images=[[rows[0]["image"]]])["input_ids"][0]
+        prompts: dict[str, list[int]] = {}  # few, as a rule: one for each task text
+        for row in rows:
+            if row["prompt"] not in prompts:
+                messages = prepare_multimodal_messages(row["messages"], images=[row["image"]])
+                text = apply_chat_template({"prompt": messages}, processor)["prompt"]
+                prompts[row["prompt"]] = list(processor(text=[text], images=[[row["image"]]])["input_ids"][0])
+        prompt_ids = [prompts[row["prompt"]] for row in rows]
         readings = [processor.tokenizer(row["reading"], add_special_tokens=False)["input_ids"] for row in rows]
-        return cls(game, list(prompt_ids), readings, torch.stack(pixels), processor.tokenizer.pad_token_id)
+        return cls(game, prompt_ids, readings, torch.stack(pixels), processor.tokenizer.pad_token_id)
 
     def batch(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, T] right-padded ids, mask and labels (-100 on prompt and padding), and pixel values."""
-        ids = [self.prompt_ids + self.reading_ids[i] for i in rows]
+        ids = [self.prompt_ids[i] + self.reading_ids[i] for i in rows]
         width = max(map(len, ids))
         input_ids = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in ids])
         lengths = torch.tensor([len(row) for row in ids])
         attention_mask = (torch.arange(width) < lengths[:, None]).long()
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, : len(self.prompt_ids)] = -100
+        prompts = torch.tensor([len(self.prompt_ids[i]) for i in rows])
+        in_prompt = torch.arange(width) < prompts[:, None]
+        labels = input_ids.masked_fill((attention_mask == 0) | in_prompt, -100)
         pixel_values = self.pixels[torch.as_tensor(rows)].float().div(127.5).sub(1)[:, None]
         batch = {
             "input_ids": input_ids,
