@@ -6,7 +6,8 @@ nearest locked door is one whose key it has not seen: to open the door it wants 
 and to explore it opens that same door; each round adds subgoals. So a turn may look at `MAX_SUBGOALS` of them; more is
 an error. After an error, or when the bot takes an unfinished mission for done, it plans anew from the present state,
 and if that fails too, after a detour: through a locked door whose key it has seen, or to a box with something in it.
-If nothing helps, the expert wanders for a turn.
+If nothing helps (some levels lock a key into the room that it opens), the expert wanders, and asks the bot again after
+1, 2, 4, ... turns.
 
 The systematic mistake mixes up left and right, and walking and handling: it goes forward where something is to be
 picked up, dropped or toggled, and picks up where the right action is to go forward.
@@ -14,6 +15,7 @@ picked up, dropped or toggled, and picks up where the right action is to go forw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import numpy as np
 from vlmq_trl.envs.babyai.game import ACTIONS, BabyAI, describe
 from vlmq_trl.envs.base import Script
 
-MAX_SUBGOALS = 50
+MAX_SUBGOALS = 25  # play that gets somewhere was seen to need 8
 
 _MISTAKEN = {
     "turn left": "turn right",
@@ -44,14 +46,21 @@ class BabyAIScript(Script):
         self._followed = False  # whether the bot gave the last answer, and so can go on from there
         self._turn = -1  # the turn that was last asked about, and the answer
         self._answer = ""
+        self._rest = 0  # turns to wander before the bot is asked again, and when those are over
+        self._ask_again = 0
         self._dice = np.random.default_rng(0)
 
     def expert(self) -> str:
-        if self._turn != self.env.turns:
-            action = self._ask_bot(self._followed and self._turn == self.env.turns - 1)
+        turn = self.env.turns
+        if self._turn != turn:
+            action = None
+            if turn >= self._ask_again:
+                action = self._ask_bot(self._followed and self._turn == turn - 1)
+                self._rest = 0 if action else max(1, 2 * self._rest)
+                self._ask_again = turn + self._rest
             self._followed = action is not None
-            self._answer = self._without_bot() if action is None else action
-            self._turn = self.env.turns
+            self._answer = action or _WANDER[int(self._dice.integers(len(_WANDER)))]
+            self._turn = turn
         return self._answer
 
     def mistake(self) -> str:
@@ -74,8 +83,7 @@ class BabyAIScript(Script):
 
     def _ask_bot(self, follow: bool) -> str | None:
         """The bot's action: with its plan if it can follow that, else with a new one; None if it has none."""
-        for plan in (self._follow, self._plan_mission, self._plan_detour)[0 if follow else 1 :]:
-            taken = plan()
+        for taken in self._plans(follow):
             self._bot.stack.looked = 0
             try:
                 action = ACTIONS[self._bot.replan(taken)]
@@ -85,9 +93,15 @@ class BabyAIScript(Script):
                 return action
         return None
 
-    def _follow(self) -> int:
-        """What the bot is to be told was played."""
-        return ACTIONS.index("done") if self.env.taken is None else self.env.taken  # "done" does nothing either
+    def _plans(self, follow: bool) -> Iterator[int | None]:
+        """Prepares the bot in one way after another; yields what it is to be told was played."""
+        if follow:
+            yield ACTIONS.index("done") if self.env.taken is None else self.env.taken  # "done" does nothing either
+        self._plan_mission()
+        yield None
+        self._plan_mission()
+        if self._add_detour():
+            yield None
 
     def _plan_mission(self) -> None:
         """A new bot, which knows what the one before it saw and what of the mission is left to do."""
@@ -109,11 +123,10 @@ class BabyAIScript(Script):
         else:  # it takes its hands for free
             bot.stack += [bots.DropSubgoal(bot), bots.GoNextToSubgoal(bot, bot._find_drop_pos())]
 
-    def _plan_detour(self) -> None:
-        """The same with a way to new things before it, if it has seen one: a door and its key, or a box."""
+    def _add_detour(self) -> bool:
+        """Puts a way to new things before the plan, if the bot has seen one: a door and its key, or a box."""
         from minigrid.utils import baby_ai_bot as bots
 
-        self._plan_mission()
         game, bot = self.env.game, self._bot
         places = [(int(x), int(y)) for x, y in zip(*bot.vis_mask.nonzero(), strict=True)]
         known = {place: thing for place in places if (thing := game.grid.get(*place)) is not None}
@@ -121,19 +134,11 @@ class BabyAIScript(Script):
         for place, thing in known.items():
             if thing.type == "door" and thing.is_locked and thing.color in keys:
                 bot.stack += [bots.OpenSubgoal(bot), bots.GoNextToSubgoal(bot, thing, reason="Open")]
-                return
+                return True
             if thing.type == "box" and thing.contains is not None:
                 bot.stack += [_OpenBox(bot), bots.GoNextToSubgoal(bot, place)]
-                return
-
-    def _without_bot(self) -> str:
-        """Where the bot believes that it is done, or knows no way."""
-        game = self.env.game
-        front = game.grid.get(*game.front_pos)
-        targets = [target for part in _left_to_do(game.instrs) for target in _targets(part)]
-        if front is not None and any(front is thing for target in targets for thing in target.obj_set):
-            return "go forward" if not front.can_overlap() else "drop"  # to face it is enough, after any action
-        return _WANDER[int(self._dice.integers(len(_WANDER)))]
+                return True
+        return False
 
 
 class _Stack(list):
