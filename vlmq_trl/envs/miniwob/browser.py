@@ -14,8 +14,10 @@ What is set differently from BrowserGym's own MiniWoB++:
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,16 +54,34 @@ class BrowserCrashedError(RuntimeError):
 
 
 class _Driver:
-    """Playwright's driver, shared by this process's browsers, and by BrowserGym's where it has started it."""
+    """Playwright's driver, shared by this process's browsers, and by BrowserGym's where it has started it.
+
+    Attributes:
+        users: browsers that may use it.
+        starts: how often it was started; a browser ends with the driver that started it.
+    """
 
     def __init__(self) -> None:
         self.users = 0
-        self.ours = False
-        self.thread = 0
+        self.starts = 0
+        self._thread = 0  # in which it was started here; 0 for not
+
+    def check_thread(self) -> None:
+        """Raises RuntimeError if another thread has it: Playwright would hang, or break in both."""
+        if self._thread and self._thread != threading.get_ident():
+            raise RuntimeError(
+                "MiniWoB's browsers of one process must all be used in one thread, that of the first; play them in "
+                "processes of their own: play_episodes(..., workers=True)."
+            )
 
     def get(self) -> Any:
-        """Playwright, started if it does not run."""
-        if browsergym.core._PLAYWRIGHT is None:
+        """Playwright, started if it does not run.
+
+        Raises:
+            RuntimeError: an event loop runs in this thread.
+        """
+        if not self.alive:
+            self.stop()
             try:
                 browsergym.core._get_global_playwright()
             except PlaywrightError as error:
@@ -69,21 +89,27 @@ class _Driver:
                     "MiniWoB cannot start a browser inside a running event loop (a notebook, for example); play it in "
                     f"processes of its own: play_episodes(..., workers=True). ({_first_line(error)})"
                 ) from error
-            self.ours, self.thread = True, threading.get_ident()
-        if self.ours and self.thread != threading.get_ident():
-            raise RuntimeError(
-                "MiniWoB's browsers of one process must all be used in one thread, that of the first; play them in "
-                "processes of their own: play_episodes(..., workers=True)."
-            )
+            self.starts += 1
+            self._thread = threading.get_ident()
         return browsergym.core._PLAYWRIGHT
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs. To be asked before Playwright is called: a call to a dead driver never returns."""
+        if browsergym.core._PLAYWRIGHT is None:
+            return False
+        process = browsergym.core._PLAYWRIGHT._impl_obj._connection._transport._proc
+        try:
+            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:  # ended, and asyncio knows
+            return False
 
     def stop(self) -> None:
         """Ends the driver, if it was started here."""
-        playwright = browsergym.core._PLAYWRIGHT
-        if self.ours and playwright is not None:
+        if self._thread:
+            playwright, self._thread = browsergym.core._PLAYWRIGHT, 0
             browsergym.core._set_global_playwright(None)
-            self.ours = False
-            with contextlib.suppress(Exception):  # it is dead already
+            with contextlib.suppress(Exception):  # it is dead
                 playwright.stop()
 
 
@@ -115,9 +141,11 @@ class Browser:
     def __init__(self, task: str, chromium: str, delay: float = 0.0):
         self.chromium = chromium
         self._process: Any = None  # Playwright's Browser
+        self._pid = 0  # Chromium's
+        self._start = 0  # of the driver that started it
         self._episodes = 0
         self._counted = False
-        task_class = _local(next(one for one in ALL_MINIWOB_TASKS if one.subdomain == task))
+        task_class = _local(next(one for one in ALL_MINIWOB_TASKS if one.subdomain == task), self.kill)
         self.env: Any = browsergym_env.BrowserEnv(
             task_class,
             task_kwargs={"base_url": f"{HTML}miniwob/", "episode_max_time": EPISODE_MILLISECONDS},
@@ -130,32 +158,36 @@ class Browser:
     @property
     def alive(self) -> bool:
         """Whether Chromium runs, as far as is known."""
-        return self._process is not None and self._process.is_connected()
+        if self._process is None or self._start != _DRIVER.starts or not _DRIVER.alive:
+            return False
+        return self._process.is_connected()
 
     def reset(self, seed: int) -> Mapping[str, Any]:
         """BrowserGym's first observation of a new episode. Starts Chromium anew if it is dead, and then tries again.
 
         Raises:
-            RuntimeError: Chromium does not start, or the page does not load, twice.
+            RuntimeError: Chromium does not start, or the page does not load, twice; or no browser can be used here.
         """
-        try:
-            return self._reset(seed)
-        except PlaywrightError:
-            self.close()
-        try:
-            return self._reset(seed)
-        except PlaywrightError as error:
-            self.close()
-            raise RuntimeError(f"MiniWoB: {self.chromium} does not start or show the task: {error}") from error
+        _DRIVER.check_thread()
+        for last in (False, True):
+            try:
+                return self._reset(seed)
+            except RuntimeError:
+                raise
+            except Exception as error:  # Playwright's own errors, and a bare Exception where its driver died
+                self.close()
+                if last:
+                    raise RuntimeError(f"MiniWoB: {self.chromium} does not start or show the task: {error}") from error
+        raise AssertionError("unreachable")
 
     def _reset(self, seed: int) -> Mapping[str, Any]:
         self._end_episode()
-        if self._episodes >= EPISODES_PER_BROWSER or not self.alive:
-            self._end_process()
-        playwright = _DRIVER.get()
         if not self._counted:
             _DRIVER.users += 1
             self._counted = True
+        playwright = _DRIVER.get()
+        if self._episodes >= EPISODES_PER_BROWSER or not self.alive:
+            self._end_process()
         self._episodes += 1
         parts = SimpleNamespace(selectors=playwright.selectors, chromium=SimpleNamespace(launch=self._launch))
         with _in_place_of(_get_global_playwright=lambda: parts, Chat=_NoChat):
@@ -172,7 +204,17 @@ class Browser:
                 ignore_default_args=ignore_default_args,
                 executable_path=self.chromium,
             )
+            self._start = _DRIVER.starts
+            told = self._process.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
+            self._pid = next(int(one["id"]) for one in told if one["type"] == "browser")
         return self._process
+
+    def kill(self) -> None:
+        """Ends Chromium without a call of Playwright; its driver notices, and cleans up."""
+        pid, self._pid = self._pid, 0
+        if pid and self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def play(self, call: Call) -> tuple[Mapping[str, Any], float, bool]:
         """Plays one action: BrowserGym's observation (with `last_action_error`), reward, and whether the task ended.
@@ -180,14 +222,17 @@ class Browser:
         Raises:
             BrowserCrashedError: the browser, or its page, died.
         """
+        _DRIVER.check_thread()
         env = self.env
         try:
+            if not self.alive:
+                raise PlaywrightError("it does not run any more")
             info, _, _ = env.pre_step()
             env.last_action = str(call)
             env.last_action_error = self._call(call)
             self._settle()
             observation, reward, terminated, _, _ = env.post_step(info)
-        except PlaywrightError as error:
+        except Exception as error:  # as in `reset`
             self.close()
             raise BrowserCrashedError(
                 f"MiniWoB: the browser died on {call}: {_first_line(error)}. reset() starts another."
@@ -216,25 +261,28 @@ class Browser:
         # BrowserGym ends nothing then: it would end Chromium, and fail on a dead one.
         env.task = env.chat = env.context = env.browser = env.page = None
         env.page_history = {}
-        if context is not None:
+        if context is not None and self.alive:
             with contextlib.suppress(Exception):  # it died
                 context.close()
 
     def _end_process(self) -> None:
-        process, self._process, self._episodes = self._process, None, 0
-        if process is not None:
+        process, alive = self._process, self.alive
+        self._process, self._episodes, self._pid = None, 0, 0
+        if alive:
             with contextlib.suppress(Exception):
                 process.close()
 
     def close(self) -> None:
         """Ends Chromium, and the driver with the last browser. May be called again; `reset` starts both anew."""
+        if not self._counted:
+            return
+        _DRIVER.check_thread()
         self._end_episode()
         self._end_process()
-        if self._counted:
-            self._counted = False
-            _DRIVER.users -= 1
-            if _DRIVER.users == 0:
-                _DRIVER.stop()
+        self._counted = False
+        _DRIVER.users -= 1
+        if _DRIVER.users == 0:
+            _DRIVER.stop()
 
 
 @contextlib.contextmanager
@@ -250,8 +298,13 @@ def _in_place_of(**parts: Any) -> Iterator[None]:
             setattr(browsergym_env, name, part)
 
 
-def _local(task_class: Any) -> Any:
-    """A task that does without delays, in a page that reaches MiniWoB++'s own files only."""
+def _local(task_class: Any, on_crash: Callable[[], None]) -> Any:
+    """A task that does without delays, in a page that reaches MiniWoB++'s own files only.
+
+    Args:
+        on_crash: called when the page's process died. Calls to it are never answered then; where the whole browser
+            ends, they are.
+    """
 
     class Local(task_class):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -259,6 +312,7 @@ def _local(task_class: Any) -> Any:
             self.slow_mo = 0
 
         def setup(self, page: Any) -> Any:
+            page.on("crash", lambda _: on_crash())
             page.context.route(lambda url: not reachable(url), lambda route: route.abort())
             return super().setup(page)
 
