@@ -9,14 +9,14 @@
 
 from __future__ import annotations
 
-from vlmq_trl.envs import babyai, gym_cards, miniwob
+from vlmq_trl.envs import alfworld, babyai, gym_cards, miniwob
 from vlmq_trl.envs.base import SUCCESS_RULE, Script, TextActionEnv
 from vlmq_trl.envs.demonstrators import Decision, Demonstrator, make_demonstrator
 from vlmq_trl.envs.domain import Domain, EnvEntry, install_line
 from vlmq_trl.envs.gym_cards import Blackjack, EZPoints, NumberLine, Points24, evaluate_formula, solve
 from vlmq_trl.envs.wrapper import VLMAgentWrapper
 
-DOMAINS: tuple[Domain, ...] = (gym_cards.DOMAIN, babyai.DOMAIN, miniwob.DOMAIN)
+DOMAINS: tuple[Domain, ...] = (gym_cards.DOMAIN, babyai.DOMAIN, miniwob.DOMAIN, alfworld.DOMAIN)
 
 
 def register_envs() -> None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ALFWorld's scripted players.
+
+- Expert: the shortest plan from the household's true state, made anew at each turn.
+- Mistake: absent-minded. It puts down what it holds, picks up something else that lies there, or else goes to the
+  receptacle after the right one. A flawed player does not notice at once: in the turn after a mistake it walks on
+  without what it put down or with what it picked up, and in a wrong place it acts as if it were the right one.
+"""
+
+from __future__ import annotations
+
+from vlmq_trl.envs.alfworld.env import ALFWorld
+from vlmq_trl.envs.alfworld.planner import plan
+from vlmq_trl.envs.base import Script
+
+_IDLE = "look"
+
+
+def _undoes(command: str, last: str) -> bool:
+    """Whether a command takes up what the last one put down, or the reverse."""
+    verb, _, rest = command.partition(" ")
+    last_verb, _, last_rest = last.partition(" ")
+    if (last_verb, verb) == ("move", "take"):
+        return last_rest.split(" to ") == rest.split(" from ")
+    return (last_verb, verb) == ("take", "move") and last_rest.split(" from ") == rest.split(" to ")
+
+
+class ALFWorldScript(Script):
+    env: ALFWorld
+
+    def _plan(self) -> list[str]:
+        return plan(self.env.game, self.env.facts()) or [_IDLE]
+
+    def _admissible(self, *verbs: str) -> list[str]:
+        """The admissible commands with these verbs, verb by verb."""
+        legal = self.env.legal_actions or ()
+        return [command for verb in verbs for command in legal if command.startswith(f"{verb} ")]
+
+    def expert(self) -> str:
+        return self._plan()[0]
+
+    def mistake(self) -> str:
+        right = self.expert()
+        at_hand = [command for command in self._admissible("move", "take") if command != right]
+        return at_hand[0] if at_hand else self._next_place(right)
+
+    def _next_place(self, right: str) -> str:
+        """Going to the receptacle that follows, by name, the right one, or else the one where the agent stands."""
+        here = f"go to {self.env.memory.here[0]}" if self.env.memory.here else ""
+        gone_from = right if right.startswith("go ") else here
+        others = [command for command in self._admissible("go") if command != right]
+        return min(others, key=lambda command: (command <= gone_from, command), default=_IDLE)
+
+    def unmistaken(self) -> str:
+        commands = self._plan()
+        right, last = commands[0], self.env.played[-1] if self.env.played else ""
+        if _undoes(right, last):
+            return next((c for c in commands if c.startswith("go ")), self._next_place(right))
+        if last.startswith("go ") and right.startswith("go "):  # no shortest plan goes twice
+            return next(iter(self._admissible("move", "open", "take")), right)
+        return right
+
+    def thoughts(self) -> str:
+        target, memory = self.env.game.target, self.env.memory
+        if memory.carrying.rpartition(" ")[0] == target:
+            return f"I carry a {target}"
+        if any(thing.rpartition(" ")[0] == target for thing in memory.in_sight()):
+            return f"a {target} is here"
+        return f"no {target} is in sight"
