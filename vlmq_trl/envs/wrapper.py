@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from vlmq_trl.envs.base import OnInvalid, TextActionEnv
+from vlmq_trl.envs.base import Observation, OnInvalid, TextActionEnv
 
 TaskOf = Callable[[gymnasium.Env, Any], str]
 TextOf = Callable[[gymnasium.Env, Any, dict[str, Any]], str]
@@ -29,7 +29,8 @@ class VLMAgentWrapper(TextActionEnv):
         )
 
     `reset` hands seed and options on, so that equal seeds give the episodes that they give without the wrapper;
-    `terminated` and `truncated` are the environment's own. Success is a positive return, as everywhere.
+    `terminated` and `truncated` are the environment's own, and so is what `info` has beside "valid" and "action"
+    (which is nothing where no action was executed). Success is a positive return, as everywhere.
 
     Args:
         env: the environment. It renders "rgb_array", unless `picture` is given.
@@ -92,7 +93,8 @@ class VLMAgentWrapper(TextActionEnv):
         self.text_length = text_length if text is not None else 0
         self.max_turns = max_turns
         self._seen: Any = None  # the environment's last observation
-        self._info: dict[str, Any] = {}
+        self._info: dict[str, Any] = {}  # and its last info
+        self._news: dict[str, Any] = {}  # that info, until it is handed on
         self._probed = False  # whether the environment was seeded to look at it
         self.picture_size = self._find_picture_size()
         super().__init__(render_mode, invalid_penalty, on_invalid)
@@ -131,15 +133,33 @@ class VLMAgentWrapper(TextActionEnv):
             return super().parse_env(action)
         return action if isinstance(action, str) and self.env.action_space.contains(action) else None
 
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        observation, info = super().reset(seed=seed, options=options)
+        return observation, {**self._take_news(), **info}
+
+    def step(self, action: str) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated, {**self._take_news(), **info}
+
+    def _take_news(self) -> dict[str, Any]:
+        """The environment's own info, once: what `reset` and `step` return is the caller's."""
+        news, self._news = self._news, {}
+        return news
+
     def _start(self, options: dict[str, Any], seed: int | None) -> None:
         if seed is None and self._probed:
             seed = int(self.np_random.integers(2**31))
         self._probed = False
         self._seen, self._info = self.env.reset(seed=seed, options=options or None)
+        self._news = self._info
         self.task = self._task()
 
     def _task(self) -> str:
         task = self._task_of if isinstance(self._task_of, str) else self._task_of(self.env, self._seen)
+        if not isinstance(task, str):
+            raise TypeError(f"`task` gave {type(task).__name__}, not a string")
         words = f"Actions: {', '.join(self.legal_actions)}." if self.legal_actions else ""
         return " ".join(part for part in (task.strip(), words) if part)
 
@@ -151,6 +171,7 @@ class VLMAgentWrapper(TextActionEnv):
             total += float(reward)
             if terminated or truncated:
                 break
+        self._news = self._info
         return total, bool(terminated), bool(truncated)
 
     def _picture(self) -> NDArray[np.uint8]:
@@ -168,7 +189,10 @@ class VLMAgentWrapper(TextActionEnv):
 
     def _text(self) -> str:
         assert self._text_of is not None
-        return self._text_of(self.env, self._seen, self._info)[: self.text_length]
+        shown = self._text_of(self.env, self._seen, self._info)
+        if not isinstance(shown, str):
+            raise TypeError(f"`text` gave {type(shown).__name__}, not a string")
+        return shown[: self.text_length]
 
     def close(self) -> None:
         self.env.close()
