@@ -103,6 +103,8 @@ def test_every_level_starts():
         assert observation in env.observation_space
         assert env.game.mission in env.task and env.max_turns == env.game.max_steps > 0
         env.close()
+        short = start(level, max_turns=7, tile_size=8)
+        assert short.max_turns == short.game.max_steps == 7
 
 
 def test_importing_the_environments_does_not_import_minigrid():
