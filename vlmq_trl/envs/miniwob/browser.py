@@ -182,10 +182,10 @@ class Browser:
 
     def _reset(self, seed: int) -> Mapping[str, Any]:
         self._end_episode()
+        playwright = _DRIVER.get()
         if not self._counted:
             _DRIVER.users += 1
             self._counted = True
-        playwright = _DRIVER.get()
         if self._episodes >= EPISODES_PER_BROWSER or not self.alive:
             self._end_process()
         self._episodes += 1
@@ -210,7 +210,7 @@ class Browser:
         return self._process
 
     def kill(self) -> None:
-        """Ends Chromium without a call of Playwright; its driver notices, and cleans up."""
+        """Ends Chromium without a call of Playwright, whose driver notices and cleans up."""
         pid, self._pid = self._pid, 0
         if pid and self.alive:
             with contextlib.suppress(ProcessLookupError):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -108,9 +107,7 @@ class MiniWoB(TextActionEnv):
 
         chromium = find_chromium()
         assert chromium is not None  # `DOMAIN.require` has seen it
-        browser = Browser(self.name, chromium, self.delay)
-        weakref.finalize(self, browser.kill)  # an environment that is lost without `close`
-        return browser
+        return Browser(self.name, chromium, self.delay)
 
     def _start(self, options: dict[str, Any], seed: int | None) -> None:
         if seed is None or seed >= 2**32:  # BrowserGym's bound; smaller ones are its own, so that episodes are
