@@ -3,10 +3,13 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import datasets
 import gymnasium
@@ -156,6 +159,10 @@ def test_streams_and_selections(tmp_path):
     save_trajectories(ds, tmp_path / "ds", file_format="parquet")
     stream = load_trajectories(tmp_path / "ds", streaming=True)
     assert same(trajectories_from_minari(trajectories_to_minari(stream, "stream-v0")), ds)
+    bare = datasets.IterableDataset.from_generator(lambda: iter(list(ds)))
+    typed = datasets.IterableDataset.from_generator(lambda: iter(list(ds)), features=ds.features)
+    for name, stream in (("bare-v0", bare), ("typed-v0", typed)):
+        assert same(trajectories_from_minari(trajectories_to_minari(stream, name)), ds)
     chosen = ds.select([1, 3])
     back = trajectories_from_minari(trajectories_to_minari(chosen, "chosen-v0"))
     assert back.to_list() == chosen.to_list() and back["episode_id"][:] == ["none", "alpha"]
@@ -566,6 +573,18 @@ def test_stock_sft_trains_on_it(tmp_path):
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert len(losses) == 1 and np.isfinite(losses).all()
+
+
+def test_the_page(tmp_path):
+    """Its code, as it stands."""
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text().partition("## Minari")[2]
+    there_and_back, others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    foreign(RGB, FRAMES, name="some/dataset-v0")
+    ds = dataset_from_episodes(one_picture())
+    for name, code in (("own.py", there_and_back), ("others.py", others)):
+        (tmp_path / name).write_text(code)
+    assert same(runpy.run_path(str(tmp_path / "own.py"), {"ds": ds})["ds"], ds)
+    assert runpy.run_path(str(tmp_path / "others.py"))["ds"]["action"][:3] == ["left", "up", "right"]
 
 
 def test_without_the_package(tmp_path):

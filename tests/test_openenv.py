@@ -281,7 +281,7 @@ def test_a_client_of_ones_own(make, url):
         env.step("one")
     # The answer to "slow" is not taken for the answer to what is asked next.
     assert count(env.reset(seed=0)[0]["image"]) == count(make().reset(seed=0)[0]["image"])
-    missing = OpenEnvAdapter(client, {"one": 1}, text="words")
+    missing = OpenEnvAdapter(Client(url), {"one": 1}, text="words")
     with pytest.raises(ValueError, match=r"the observation, a Seen, has no field 'words'"):
         missing.reset(seed=0)
     missing.close()
@@ -297,6 +297,10 @@ def test_errors_of_the_environment(make, url):
     with pytest.raises(ResetNeeded):
         env.step("1")
     assert env.reset(seed=0)[0]["text"] == ""
+    env = make(message_timeout=0.5)
+    env.reset(seed=0)
+    with pytest.raises(OpenEnvError, match=f"at {url} did not answer step in time"):
+        env.step("12")
     with pytest.raises(ValueError, match=r"has no field 'note', but \['hint', 'picture', 'truncated'\]"):
         make(text="note").reset(seed=0)
 

@@ -246,18 +246,22 @@ class _Undecoded:
     """The rows of a dataset, pictures as the bytes that they are stored in. For `episodes_from_dataset`."""
 
     def __init__(self, ds: datasets.Dataset | datasets.IterableDataset):
-        self.ds = ds.with_format("arrow")
+        self.ds = ds
 
     def with_format(self, _: None) -> _Undecoded:
         return self
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for table in self.ds.iter(batch_size=64):
+        if isinstance(self.ds, datasets.IterableDataset):
+            plain = self.ds.with_format(None)
+            yield from plain if plain.features is None else plain.decode(False)
+            return
+        for table in self.ds.with_format("arrow").iter(batch_size=64):
             yield from table.to_pylist()
 
 
 def _episodes(ds: datasets.Dataset | datasets.IterableDataset, did: str, progress: bool) -> Iterator[Episode]:
-    """The dataset's episodes; pictures are dictionaries of "bytes" and "path"."""
+    """The dataset's episodes; pictures are dictionaries of "bytes" and "path", or PIL images in an untyped stream."""
     undecoded: Any = _Undecoded(ds)
     return iter(tqdm(episodes_from_dataset(undecoded), desc=did, unit="episode", disable=not progress))
 
@@ -281,8 +285,10 @@ def _columns(ds: datasets.Dataset | datasets.IterableDataset) -> list[str]:
     return columns
 
 
-def _opened(image: Mapping[str, Any]) -> PIL.Image.Image:
+def _opened(image: Any) -> PIL.Image.Image:
     """The picture, its pixels not read yet."""
+    if isinstance(image, PIL.Image.Image):
+        return image
     return PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
 
 
@@ -302,7 +308,7 @@ def _pngs(images: list) -> str:
     """A JSON list of PNGs in base64; lossless in every mode that a trajectory dataset may hold."""
     texts = []
     for image in images:
-        encoded, picture = image["bytes"], _opened(image)
+        encoded, picture = image["bytes"] if isinstance(image, dict) else None, _opened(image)
         if encoded is None or picture.format != "PNG":
             buffer = io.BytesIO()
             picture.save(buffer, format="PNG", compress_level=3)

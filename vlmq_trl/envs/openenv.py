@@ -71,7 +71,8 @@ class OpenEnvAdapter(TextActionEnv):
 
     Args:
         client: the server's URL (http, https, ws or wss), to which actions are sent as dictionaries; or an
-            `openenv.core.EnvClient`, with whose own types and timeouts it is played. The adapter closes it.
+            `openenv.core.EnvClient`, with whose own types and timeouts it is played. No other adapter may use that
+            client; this one closes it.
         action: words for actions, or a function (the model's string, stripped) -> the client's action, or None if it
             is none. The function may raise: that too is an invalid action, and a warning. An action of the function's
             that the server refuses as malformed is invalid as well.
