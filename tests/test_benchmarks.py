@@ -8,7 +8,7 @@ import time
 import gymnasium
 import pytest
 
-from examples import train_gym_cards
+from examples import train_agent
 from examples.benchmarks import common, learning, online, speed, tabular
 from tests import tiny_models
 from vlmq_trl import collect_demonstrations, filter_top_returns
@@ -100,7 +100,7 @@ def test_runs_are_distinct_and_seeds_keep_apart():
     first, second = (learning.LearningRun("NumberLine", "sft", seed).arguments for seed in (0, 1))
     assert first["collection_seed"] + first["episodes"] <= second["collection_seed"]
     for run in runs:
-        script, args, _ = train_gym_cards.parse(run.argv)
+        script, args, _ = train_agent.parse(run.argv)
         assert script.game == run.setting and args.seed == run.seed
     named = {run.variant for run in runs}
     assert all(variant in named for _, lines in learning.ABLATION_TABLES for _, variant in lines)
@@ -281,7 +281,7 @@ def test_online_runs_are_understood_by_the_script():
     assert len({run.name for run in runs}) == len({run.path for run in runs}) == len(runs)
     for run in runs:
         if not run.variant.startswith("grpo"):
-            script, args, _ = train_gym_cards.parse(online.as_flags(run.arguments))
+            script, args, _ = train_agent.parse(online.as_flags(run.arguments))
             assert script.online and args.max_env_turns == online.BUDGET and args.max_steps == -1
     spans = [range(r.arguments["rollout_seed"], r.arguments["rollout_seed"] + online.BUDGET) for r in runs[::8]]
     assert all(not set(one) & set(other) for one in spans for other in spans if one.start < other.start)

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from examples import train_gym_cards
+from examples import train_agent
 from tests import tiny_models
 from vlmq_trl import (
     AutoModelForImageTextToTextWithValueHead,
@@ -61,18 +61,18 @@ def test_a_full_disk_shows_before_training(save_strategy, model_name, tmp_path, 
     """Room for the model is enough without checkpoints only."""
     size = (Path(model_name) / "model.safetensors").stat().st_size
     free = 1000 if save_strategy == "no" else 2 * size
-    monkeypatch.setattr(train_gym_cards.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(train_agent.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     argv = flags(model_name_or_path=model_name, output_dir=tmp_path, method="vlmq", disable_tqdm=True, **SMALL)
     what = "the trained model takes" if save_strategy == "no" else "the trained model and its checkpoints take"
     with pytest.raises(OSError, match=rf"MB free, and {what} .* choose another `--output_dir`"):
-        train_gym_cards.main([*argv, "--save_strategy", save_strategy])
+        train_agent.main([*argv, "--save_strategy", save_strategy])
     assert not list(tmp_path.glob("vlmq/*"))
 
 
 def test_all_methods_side_by_side(model_name, tmp_path, capsys):
     methods = ["sft", "filtered_bc", "vlmq"]
     argv = flags(model_name_or_path=model_name, output_dir=tmp_path, method=methods, disable_tqdm=True, **SMALL)
-    results = train_gym_cards.main(argv)
+    results = train_agent.main(argv)
 
     printed = capsys.readouterr().out
     lines = printed[printed.index("NumberLine: success") :].splitlines()
@@ -116,7 +116,7 @@ def test_lora_from_a_file_and_an_existing_dataset(model_name, tmp_path):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     argv = ["--config", str(tmp_path / "config.yaml"), *flags(max_steps=2, disable_tqdm=True)]
-    results = train_gym_cards.main(argv)
+    results = train_agent.main(argv)
     run = results["methods"]["vlmq"]
     assert run["history"][-1]["step"] == 2  # the command line wins over the file
     assert results["before"] is None and results["data"]["episodes"] == 6
@@ -124,7 +124,30 @@ def test_lora_from_a_file_and_an_existing_dataset(model_name, tmp_path):
     solvable = [env.reset(seed=seed) and env.solvable for seed in range(2_000_000, 2_000_030)]
     assert run["greedy"]["solvable"] == sum(solvable) < 30 and run["greedy"]["solvable_success_rate"] == 0
     assert (tmp_path / "out" / "vlmq" / "adapter_model.safetensors").is_file()
-    assert "of the hands that can be solved" in train_gym_cards.table(results)
+    assert "of the hands that can be solved" in train_agent.table(results)
+
+
+def test_another_domain_with_options(model_name, tmp_path):
+    """BabyAI, in full view and cut after five turns, by all methods and online."""
+    arguments = {
+        **SMALL,
+        "env_id": "vlmq_trl/BabyAI-GoToObj-v0",
+        "env_options": ["max_turns=5", "view=full", "tile_size=8"],
+        "policy": "flawed:0.5",
+        "collection_num_envs": 4,
+        "method": ["sft", "vlmq"],
+        "online": True,
+        "max_env_turns": 12,
+        "turns_per_round": 6,
+        "output_dir": tmp_path,
+        "disable_tqdm": True,
+    }
+    results = train_agent.main(flags(**arguments, model_name_or_path=model_name))
+    assert results["env_id"] == "vlmq_trl/BabyAI-GoToObj-v0" and results["data"]["episodes"] == 12
+    assert results["data"]["turns"] <= 60
+    assert all(run["greedy"]["mean_turns"] == 5 for run in results["methods"].values())  # it says nothing yet
+    assert set(load_replay(tmp_path / "vlmq" / "replay")["env_id"]) == {"vlmq_trl/BabyAI-GoToObj-v0"}
+    assert "BabyAI-GoToObj: success with its 95 % interval" in train_agent.table(results)
 
 
 def test_best_weights_are_the_ones_that_are_tested(model_name, tmp_path, monkeypatch):
@@ -136,7 +159,7 @@ def test_best_weights_are_the_ones_that_are_tested(model_name, tmp_path, monkeyp
 
     monkeypatch.setattr(callbacks, "evaluate_model", evaluate_model)
     arguments = {**SMALL, "before_episodes": 0, "method": "sft", "output_dir": tmp_path, "disable_tqdm": True}
-    results = train_gym_cards.main(flags(model_name_or_path=model_name, **arguments))
+    results = train_agent.main(flags(model_name_or_path=model_name, **arguments))
     assert results["methods"]["sft"]["best_step"] == 1
 
 
@@ -148,31 +171,31 @@ def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, mo
     """Interrupted in the second method's training: the first is kept, the second ends as it would have."""
     arguments = {**SMALL, "max_steps": 3, "before_episodes": 2, "method": ["sft", "vlmq"], "save_steps": 1}
     arguments |= {"model_name_or_path": model_name, "disable_tqdm": True}
-    straight = train_gym_cards.main(flags(**arguments, output_dir=tmp_path / "straight"))
+    straight = train_agent.main(flags(**arguments, output_dir=tmp_path / "straight"))
     assert not list((tmp_path / "straight").glob("*/checkpoint-*"))
 
-    step = train_gym_cards.TrainingBar.on_step_end
-    tested = train_gym_cards.test_model
+    step = train_agent.TrainingBar.on_step_end
+    tested = train_agent.test_model
 
     def interrupt(self, args, state, control, **kwargs):
         step(self, args, state, control, **kwargs)
         if self.method == "vlmq" and state.global_step == 3:
             raise Interrupted
 
-    monkeypatch.setattr(train_gym_cards.TrainingBar, "on_step_end", interrupt)
+    monkeypatch.setattr(train_agent.TrainingBar, "on_step_end", interrupt)
     with pytest.raises(Interrupted):
-        train_gym_cards.main(flags(**arguments, output_dir=tmp_path / "run"))
-    monkeypatch.setattr(train_gym_cards.TrainingBar, "on_step_end", step)
+        train_agent.main(flags(**arguments, output_dir=tmp_path / "run"))
+    monkeypatch.setattr(train_agent.TrainingBar, "on_step_end", step)
     assert [path.name for path in (tmp_path / "run").glob("*/checkpoint-*")] == ["checkpoint-2"]
 
     other = flags(**{**arguments, "learning_rate": 5e-4}, output_dir=tmp_path / "run")
     with pytest.raises(SystemExit, match="holds checkpoints of a run with another `learning_rate`"):
-        train_gym_cards.main(other)
+        train_agent.main(other)
 
     tests = []
-    monkeypatch.setattr(train_gym_cards, "test_model", lambda *args, **kw: tests.append(kw) or tested(*args, **kw))
+    monkeypatch.setattr(train_agent, "test_model", lambda *args, **kw: tests.append(kw) or tested(*args, **kw))
     capsys.readouterr()
-    again = train_gym_cards.main(flags(**arguments, output_dir=tmp_path / "run"))
+    again = train_agent.main(flags(**arguments, output_dir=tmp_path / "run"))
     printed = capsys.readouterr().out
     assert "Going on with the run" in printed and "done: sft" in printed and "vlmq/checkpoint-2" in printed
     assert len(tests) == 1  # neither the model before training nor sft is tested again
@@ -199,22 +222,22 @@ def test_a_run_interrupted_in_its_test_is_not_trained_further(stop, model_name, 
     if stop:
         played = callbacks.evaluate_model
         monkeypatch.setattr(callbacks, "evaluate_model", lambda *a, **kw: {**played(*a, **kw), "success_rate": 1.0})
-    tested = train_gym_cards.test_model
+    tested = train_agent.test_model
 
     def interrupt(*args, **kwargs):
         raise Interrupted
 
-    monkeypatch.setattr(train_gym_cards, "test_model", interrupt)
+    monkeypatch.setattr(train_agent, "test_model", interrupt)
     with pytest.raises(Interrupted):
-        train_gym_cards.main(argv)
-    monkeypatch.setattr(train_gym_cards, "test_model", tested)
+        train_agent.main(argv)
+    monkeypatch.setattr(train_agent, "test_model", tested)
     (tmp_path / "vlmq" / "checkpoint-9").mkdir()  # one that a kill left unwritten
-    history = train_gym_cards.main(argv)["methods"]["vlmq"]["history"]
+    history = train_agent.main(argv)["methods"]["vlmq"]["history"]
     assert [record["step"] for record in history] == ([0, 1] if stop else [0, 1, 2])
     assert not list(tmp_path.glob("vlmq/checkpoint-*"))
     # Killed at the very end: nothing is left to do but to begin anew.
     (tmp_path / "vlmq" / "checkpoint-2").mkdir()
-    train_gym_cards.main(argv)
+    train_agent.main(argv)
 
 
 ONLINE = {
@@ -233,7 +256,7 @@ ONLINE = {
 def test_online(model_name, tmp_path, capsys):
     """Offline, then rounds of its own play: turns in the history, the table and a second panel of the picture."""
     arguments = {**SMALL, **ONLINE, "eval_steps": 2, "output_dir": tmp_path, "model_name_or_path": model_name}
-    run = train_gym_cards.main(flags(**arguments))["methods"]["vlmq"]
+    run = train_agent.main(flags(**arguments))["methods"]["vlmq"]
     turns = [record.get("env_turns", 0) for record in run["history"]]
     assert [record["step"] for record in run["history"]] == [0, 2, 4, 6]
     assert turns[:2] == [0, 0] and 8 <= turns[2] <= turns[3] and 16 <= turns[3] < 16 + 2 * 10
@@ -246,35 +269,35 @@ def test_online(model_name, tmp_path, capsys):
 
 def test_purely_online(model_name, tmp_path, capsys):
     arguments = {**SMALL, **ONLINE, "offline_steps": 0, "episodes": 0, "eval_steps": 2, "output_dir": tmp_path}
-    results = train_gym_cards.main(flags(**arguments, model_name_or_path=model_name))
+    results = train_agent.main(flags(**arguments, model_name_or_path=model_name))
     assert results["data"] is None and results["methods"]["vlmq"]["history"][-1]["env_turns"] >= 24
     assert "the data" not in capsys.readouterr().out
 
 
 def test_a_budget_of_turns_says_how_long_training_is():
-    _, args, _ = train_gym_cards.parse(["--online", "--method", "vlmq", "--max_env_turns", "1000"])
+    _, args, _ = train_agent.parse(["--online", "--method", "vlmq", "--max_env_turns", "1000"])
     assert args.max_steps == -1
-    _, args, _ = train_gym_cards.parse(["--online", "--method", "vlmq", "--max_env_turns", "9", "--max_steps", "7"])
+    _, args, _ = train_agent.parse(["--online", "--method", "vlmq", "--max_env_turns", "9", "--max_steps", "7"])
     assert args.max_steps == 7
-    _, args, _ = train_gym_cards.parse(["--online", "--method", "vlmq"])
+    _, args, _ = train_agent.parse(["--online", "--method", "vlmq"])
     assert args.max_steps == 600
 
 
 def test_another_models_run_is_not_gone_on_with(model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
     lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
-    train_gym_cards.main(flags(**arguments, **lora, model_name_or_path=model_name, method="sft"))
+    train_agent.main(flags(**arguments, **lora, model_name_or_path=model_name, method="sft"))
     other = flags(**arguments, **lora, lora_r=4, model_name_or_path=model_name, method="vlmq")
-    assert list(train_gym_cards.main(other)["methods"]) == ["vlmq"]
+    assert list(train_agent.main(other)["methods"]) == ["vlmq"]
 
 
 def test_another_method_into_the_same_folder_keeps_the_first_ones_results(model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
-    train_gym_cards.main(flags(**arguments, model_name_or_path=model_name, method="sft"))
-    results = train_gym_cards.main(flags(**arguments, model_name_or_path=model_name, method="filtered_bc"))
+    train_agent.main(flags(**arguments, model_name_or_path=model_name, method="sft"))
+    results = train_agent.main(flags(**arguments, model_name_or_path=model_name, method="filtered_bc"))
     assert list(results["methods"]) == ["sft", "filtered_bc"]
     changed = {**arguments, "episodes": 13}
-    results = train_gym_cards.main(flags(**changed, model_name_or_path=model_name, method="filtered_bc"))
+    results = train_agent.main(flags(**changed, model_name_or_path=model_name, method="filtered_bc"))
     assert list(results["methods"]) == ["filtered_bc"]
 
 
@@ -290,32 +313,32 @@ def test_data_that_must_not_be_trained_on(env_id, seed, message, model_name, tmp
     save_trajectories(collect_demonstrations(env_id, episodes=6, seed=seed, progress=False), tmp_path / "data")
     arguments = {**SMALL, "dataset_path": tmp_path / "data", "output_dir": tmp_path / "out"}
     with pytest.raises(ValueError, match=message):
-        train_gym_cards.main(flags(model_name_or_path=model_name, **arguments))
+        train_agent.main(flags(model_name_or_path=model_name, **arguments))
 
 
 @pytest.mark.parametrize("method", ["sft", "vlmq"])
 def test_the_vision_tower_is_frozen_for_lora_too(method, model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "method": method, "output_dir": tmp_path}
     lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "disable_tqdm": True}
-    train_gym_cards.main(flags(model_name_or_path=model_name, **arguments, **lora))
+    train_agent.main(flags(model_name_or_path=model_name, **arguments, **lora))
     names = list(load_file(tmp_path / method / "adapter_model.safetensors"))
     assert names and not [name for name in names if "vision" in name]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_files_are_understood(config):
-    script, args, _ = train_gym_cards.parse(["--config", str(config)])
+    script, args, _ = train_agent.parse(["--config", str(config)])
     wanted = yaml.safe_load(config.read_text())
-    assert script.game == wanted["game"] and args.max_steps == wanted.get("max_steps", -1)
+    assert script.env_id == f"vlmq_trl/{wanted['game']}-v0" and args.max_steps == wanted.get("max_steps", -1)
     assert script.online == wanted.get("online", False) == (args.max_env_turns is not None)
     assert args.learning_rate == wanted["learning_rate"]
 
 
 def test_defaults_depend_on_the_model(model_name):
-    _, embedded, _ = train_gym_cards.parse([])
-    _, given, _ = train_gym_cards.parse(["--model_name_or_path", model_name])
+    _, embedded, _ = train_agent.parse([])
+    _, given, _ = train_agent.parse(["--model_name_or_path", model_name])
     assert embedded.learning_rate == 1e-3 and given.learning_rate == 2e-5
-    _, chosen, _ = train_gym_cards.parse(["--learning_rate", "3e-4"])
+    _, chosen, _ = train_agent.parse(["--learning_rate", "3e-4"])
     assert chosen.learning_rate == 3e-4
 
 
@@ -323,6 +346,9 @@ def test_defaults_depend_on_the_model(model_name):
     ("argv", "message"),
     [
         (["--game", "Chess"], "--game: invalid choice: 'Chess'"),
+        (["--game", "EZPoints", "--env_id", "vlmq_trl/Blackjack-v0"], "`game` EZPoints is short for an `env_id`"),
+        (["--env_id", "vlmq_trl/Chess-v0"], "no demonstrator for 'vlmq_trl/Chess-v0', which is not registered"),
+        (["--env_options", "max_turns"], "`env_options` has 'max_turns'; each is of the form key=value"),
         (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
         (["--method", "sft", "sft"], "name one or several different methods"),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
@@ -358,7 +384,7 @@ def test_defaults_depend_on_the_model(model_name):
 )
 def test_bad_arguments_end_with_a_message(argv, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train_gym_cards.parse(argv)
+        train_agent.parse(argv)
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed and len(printed) < 500
@@ -374,13 +400,14 @@ def test_a_bad_value_in_a_file_ends_with_a_message(tmp_path, capsys):
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SystemExit):
-            train_gym_cards.parse(["--config", str(tmp_path / "bad.yaml")])
+            train_agent.parse(["--config", str(tmp_path / "bad.yaml")])
         assert message in capsys.readouterr().err
 
 
-def test_the_script_runs_as_a_script(model_name, tmp_path):
+@pytest.mark.parametrize("name", ["train_agent", "train_gym_cards"])
+def test_the_script_runs_as_a_script(name, model_name, tmp_path):
     arguments = {**SMALL, "before_episodes": 0, "method": "vlmq", "max_steps": 1, "output_dir": tmp_path}
-    command = [sys.executable, "examples/train_gym_cards.py", *flags(model_name_or_path=model_name, **arguments)]
+    command = [sys.executable, f"examples/{name}.py", *flags(model_name_or_path=model_name, **arguments)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "NumberLine: success with its 95 % interval" in done.stdout

@@ -15,6 +15,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import datasets
@@ -125,6 +126,8 @@ class _Running:
 
 
 def _env_name(env: EnvSpec) -> str:
+    if isinstance(env, partial) and env.args and isinstance(env.args[0], str):  # of `gymnasium.make`
+        return env.args[0]
     return env if isinstance(env, str) else str(getattr(env, "__name__", type(env).__name__))
 
 

@@ -6,7 +6,7 @@
     python examples/benchmarks/learning.py --list                # what is done and what is not
     python examples/benchmarks/learning.py --report-only         # docs/results.md and README.md from what is there
 
-A run is one method on one setting with one seed: `examples/train_gym_cards.py` in a process of its own, then one JSON
+A run is one method on one setting with one seed: `examples/train_agent.py` in a process of its own, then one JSON
 file under `examples/benchmarks/results/`. A file whose arguments are the present ones is not computed again. The seed
 decides the data, the training and the test episodes; the embedded model is the same throughout. Weights are selected
 on validation episodes, the figures come from other, fresh ones.
@@ -42,7 +42,7 @@ from vlmq_trl.metrics import wilson_interval
 # A third less time where the processor multiplies bfloat16 by itself; elsewhere it would be slower.
 FAST_BF16 = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
-# Arguments of `train_gym_cards.py`: of all runs, of each setting, of each method, of a method in a setting.
+# Arguments of `train_agent.py`: of all runs, of each setting, of each method, of a method in a setting.
 # The later wins.
 COMMON: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -199,7 +199,7 @@ class LearningRun(Run):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of `train_gym_cards.py`."""
+        """Of `train_agent.py`."""
         setting = SETTINGS[self.setting]
         if self.variant in ABLATIONS:
             own = {**setting["methods"].get("vlmq_scalar", {}), **ABLATIONS[self.variant]}
@@ -250,12 +250,12 @@ def long_format() -> Any:
 
 def work(run: LearningRun) -> None:
     """Computes one run and writes its JSON."""
-    from examples import train_gym_cards
+    from examples import train_agent
 
     start = time.perf_counter()
     output = ROOT / "runs" / "benchmarks" / run.name
     argv = [*run.argv, "--output_dir", str(output), "--disable_tqdm", "true", "--save_strategy", "no"]
-    found = train_gym_cards.main(argv, long_format() if run.variant.startswith("long_") else None)
+    found = train_agent.main(argv, long_format() if run.variant.startswith("long_") else None)
     (measured,) = found["methods"].values()
     write_json(
         run.path,
@@ -280,14 +280,14 @@ def prepare(runs: list[LearningRun]) -> list[LearningRun]:
     Returns:
         The runs that have their model: one that does not learn to read its game does not stop the other games.
     """
-    from examples import train_gym_cards
+    from examples import train_agent
     from vlmq_trl.embedded import ReadingError
 
     unread = set()
     for game in dict.fromkeys(run.arguments["game"] for run in runs):
-        script, _, _ = train_gym_cards.parse(["--game", game])
+        script, _, _ = train_agent.parse(["--game", game])
         try:
-            train_gym_cards.embedded_model(script)
+            train_agent.embedded_model(script)
         except ReadingError as error:
             unread.add(game)
             print(f"{game} is left out: {error}", flush=True)

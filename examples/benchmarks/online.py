@@ -42,7 +42,7 @@ from examples.benchmarks.learning import COMMON, FAST_BF16, STEP_BY_STEP, cells,
 BUDGET = 15_000  # environment turns, RL4VLM's
 ENOUGH = 0.9  # of the validation, for "turns to"
 
-# Arguments of `train_gym_cards.py`. The later wins.
+# Arguments of `train_agent.py`. The later wins.
 ONLINE: dict[str, Any] = {
     **COMMON,
     "method": "vlmq",
@@ -164,14 +164,14 @@ def work(run: OnlineRun) -> None:
 
 
 def vlmq(run: OnlineRun, output: Path) -> dict[str, Any]:
-    from examples import train_gym_cards
+    from examples import train_agent
 
     # A run that was interrupted goes on, unless it had other arguments.
     if read_json(output / "arguments.json") not in (None, run.arguments):
         shutil.rmtree(output)
     write_json(output / "arguments.json", run.arguments)
     argv = as_flags({**run.arguments, "bf16": FAST_BF16, "before_episodes": 0, "output_dir": output})
-    found = train_gym_cards.main([*argv, "--disable_tqdm", "true", "--save_steps", "200"])
+    found = train_agent.main([*argv, "--disable_tqdm", "true", "--save_steps", "200"])
     return {"data": found["data"], **found["methods"]["vlmq"]}
 
 
@@ -181,7 +181,7 @@ def grpo(run: OnlineRun, output: Path) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from examples import train_gym_cards
+    from examples import train_agent
     from vlmq_trl import EnvEvaluationCallback, ModelPolicy
     from vlmq_trl.trajectory import validate_trajectories
 
@@ -191,9 +191,9 @@ def grpo(run: OnlineRun, output: Path) -> dict[str, Any]:
     sft = {**own, "method": "sft", "max_steps": arguments["sft_steps"], "eval_steps": arguments["sft_steps"]}
     sft |= {"bf16": FAST_BF16, "before_episodes": 0, "disable_tqdm": True, "save_strategy": "no"}
     sft |= {"test_episodes": 1, "output_dir": output / "start"}
-    train_gym_cards.main(as_flags(sft))
-    script, args, _ = train_gym_cards.parse(as_flags({**own, "method": "sft", "disable_tqdm": True}))
-    dataset = train_gym_cards.load_data(script)
+    train_agent.main(as_flags(sft))
+    script, args, _ = train_agent.parse(as_flags({**own, "method": "sft", "disable_tqdm": True}))
+    dataset = train_agent.load_data(script)
     index = validate_trajectories(dataset, check_images="none")
     # A state is a seed and the actions since.
     before = [
@@ -254,7 +254,7 @@ def grpo(run: OnlineRun, output: Path) -> dict[str, Any]:
         "history": evaluation.history,
         "best_step": evaluation.best["step"],
         "train_seconds": evaluation.history[-1]["train_seconds"],
-        **train_gym_cards.test_model(trainer.model, processor, script, args),
+        **train_agent.test_model(trainer.model, processor, script, args),
     }
 
 

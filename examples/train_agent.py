@@ -1,0 +1,775 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a vision-language model into an agent, from play that may be bad: SFT, filtered cloning, VLMQ; and lets VLMQ
+go on from there with its own play. `train_gym_cards.py` is this script under the name of its first domain.
+
+    accelerate launch examples/train_agent.py --game NumberLine --method sft vlmq --policy random
+    accelerate launch examples/train_agent.py --env_id vlmq_trl/BabyAI-GoToObj-v0 --env_options max_turns=16 \
+        --policy flawed:0.5 --episodes 2000 --method sft filtered_bc vlmq
+    accelerate launch examples/train_agent.py --game EZPoints --policy flawed:0.6 --use_peft \
+        --lora_target_modules q_proj v_proj --learning_rate 1e-4 --max_steps 2000 \
+        --model_name_or_path HuggingFaceTB/SmolVLM2-500M-Video-Instruct
+    accelerate launch examples/train_agent.py --config examples/configs/online_number_line.yaml
+    accelerate launch examples/train_agent.py --game EZPoints --method vlmq --online --episodes 0 --max_env_turns 15000
+
+`--env_id` takes any environment that `python -m vlmq_trl.envs` lists, or one of your own that a module registers
+(`--env_id my_module:MyGame-v0`); `--game` is short for those of Gym Cards.
+
+Every argument can stand on the command line or in the YAML file. Without `--model_name_or_path` a tiny model is built
+first, which reads the environment's pictures and cannot act. All methods train on the same data; each is evaluated on
+the same validation episodes while it trains and keeps its best weights; the final test plays other episodes. It ends
+with a before/after table, and writes `results.json`, `learning_curve.png` and each method's model to `output_dir`.
+
+With `--online`, VLMQ collects play of its own after `offline_steps` updates, as `VLMQConfig` says, and keeps it in
+`output_dir/vlmq/replay`; with `--episodes 0` it begins with nothing.
+
+Interrupted? The same command goes on where it was, from the newest checkpoint.
+"""
+
+import ast
+import copy
+import gc
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Waiting threads sleep: spinning ones slow a step tenfold as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import datasets
+import gymnasium
+import matplotlib
+import numpy as np
+import torch
+import transformers
+import trl
+import yaml
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+import vlmq_trl
+from vlmq_trl import (
+    AgentFormat,
+    EmbeddedRecipe,
+    EnvEvaluationCallback,
+    VLMQConfig,
+    VLMQTrainer,
+    collect_demonstrations,
+    evaluate_model,
+    filter_top_returns,
+    load_embedded_model,
+    load_trajectories,
+    make_demonstrator,
+    validate_trajectories,
+    wilson_interval,
+)
+from vlmq_trl.callbacks import newest_checkpoint
+from vlmq_trl.env_pool import EnvSpec, make_env
+from vlmq_trl.envs import DOMAINS
+from vlmq_trl.modeling import load_pretrained
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
+METHODS = ("sft", "filtered_bc", "vlmq")
+LEAST = {
+    "episodes": 0,
+    "collection_num_envs": 1,
+    "test_episodes": 1,
+    "sampled_test_episodes": 1,
+    "before_episodes": 0,
+    "collection_seed": 0,
+    "test_seed": 0,
+    "embedded_steps": 1,
+}
+
+# Defaults of this script where they differ from TRL's; the command line and the YAML file override them.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/agent",
+    "eval_steps": 50,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 1,
+}
+CPU_DEFAULTS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+# For the embedded model, whose few weights are trained whole.
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "bf16": False,
+    "activation_checkpointing": False,
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 3e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "per_device_train_batch_size": 32,
+    "max_steps": 600,
+    "max_completion_length": 96,
+}
+
+
+@dataclass
+class AgentArguments:
+    """What this script adds to `VLMQConfig` (also used for the baselines' training) and TRL's `ModelConfig`."""
+
+    env_id: str | None = field(
+        default=None, metadata={"help": "Environment to act in, by its Gymnasium id; default: vlmq_trl/NumberLine-v0."}
+    )
+    env_options: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Arguments of the environment, as key=value, such as max_turns=16 view=full."},
+    )
+    game: str | None = field(
+        default=None, metadata={"help": "Short for the `env_id` of a Gym Cards game.", "choices": list(GAMES)}
+    )
+    method: list[str] = field(
+        default_factory=lambda: ["sft", "vlmq"],
+        metadata={
+            "help": "One or several methods, trained one after the other on the same data.",
+            "choices": list(METHODS),
+        },
+    )
+    policy: str = field(
+        default="random",
+        metadata={
+            "help": "Who plays the data: random, expert, flawed:0.6 (that share of the actions is systematically "
+            "wrong), or a mixture such as expert=0.2,random=0.8."
+        },
+    )
+    episodes: int = field(
+        default=1000, metadata={"help": "Episodes of data to collect; 0: none, which only `online` can do with."}
+    )
+    online: bool = field(default=False, metadata={"help": "Let vlmq collect play of its own and learn from it."})
+    collection_num_envs: int = field(
+        default=16, metadata={"help": "Environments that are played at once for that; few, where each is a browser."}
+    )
+    collection_seed: int = field(default=0, metadata={"help": "Seed of the first collected episode."})
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Trajectory dataset (a folder or parquet file) to use instead of collecting."}
+    )
+    top_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the episodes, the best by return, that filtered_bc clones."}
+    )
+    test_episodes: int = field(default=500, metadata={"help": "Fresh episodes of the final test, greedy."})
+    sampled_test_episodes: int | None = field(
+        default=None, metadata={"help": "The same, sampled at temperature 1; as many as greedy by default."}
+    )
+    before_episodes: int = field(
+        default=100, metadata={"help": "Of these, played by the model before training; 0: it is not tested."}
+    )
+    test_seed: int = field(default=2_000_000, metadata={"help": "Seed of the test's first episode."})
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={"help": "Keep the vision tower's weights, whatever the method: it sees already, and it is cheaper."},
+    )
+    embedded_steps: int | None = field(
+        default=None, metadata={"help": "Reading lessons of the embedded model, in optimiser steps; default: its own."}
+    )
+
+    def __post_init__(self):
+        # What comes from a YAML file has not been checked against `choices`.
+        if self.game is not None and self.game not in GAMES:
+            raise ValueError(f"`game` is {self.game!r}; choose one of {', '.join(GAMES)}.")
+        if self.game is not None and self.env_id is not None:
+            raise ValueError(
+                f"`game` {self.game} is short for an `env_id`, and {self.env_id} is given too; leave one."
+            )
+        self.env_id = self.env_id or f"vlmq_trl/{self.game or 'NumberLine'}-v0"
+        self.env_options = [self.env_options] if isinstance(self.env_options, str) else list(self.env_options)
+        self.env_kwargs = dict(map(option, self.env_options))
+        self.method = [self.method] if isinstance(self.method, str) else list(self.method)
+        for method in self.method:
+            if method not in METHODS:
+                raise ValueError(f"`method` has {method!r}; choose among {', '.join(METHODS)}.")
+        if not self.method or len(set(self.method)) != len(self.method):
+            raise ValueError(f"`method` is {self.method}; name one or several different methods.")
+        make_demonstrator(self.env_id, self.policy)  # raises for a policy that it does not know
+        if self.sampled_test_episodes is None:
+            self.sampled_test_episodes = self.test_episodes
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is None and name == "embedded_steps":
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` is {value}; it must be a whole number, at least {least}.")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"`top_fraction` is {self.top_fraction}; it must lie in (0, 1].")
+        if not self.with_data and (not self.online or self.method != ["vlmq"]):
+            raise ValueError("`episodes` is 0: only `--online` and `--method vlmq` can do without data.")
+        if self.dataset_path is not None and not Path(self.dataset_path).exists():
+            raise ValueError(f"`dataset_path`: there is nothing at {self.dataset_path}.")
+
+    @property
+    def env(self) -> EnvSpec:
+        """What makes the environment, with its options."""
+        assert self.env_id is not None
+        return partial(gymnasium.make, self.env_id, **self.env_kwargs) if self.env_kwargs else self.env_id
+
+    @property
+    def reading_lessons(self) -> str:
+        """The environment's name among the embedded model's lessons: a game of Gym Cards, or an id."""
+        assert self.env_id is not None
+        env_id = self.env_id.rpartition(":")[2]
+        return next((game for game in GAMES if env_id == f"vlmq_trl/{game}-v0"), env_id)
+
+    @property
+    def with_data(self) -> bool:
+        return self.dataset_path is not None or self.episodes > 0
+
+
+def option(text: str) -> tuple[str, Any]:
+    """`key=value`; a value that is a Python literal counts as one, else it is a string."""
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise ValueError(f"`env_options` has {text!r}; each is of the form key=value.")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig, ModelConfig]:
+    """Command line (default `sys.argv`) and YAML file to dataclasses; exits with a message if they make no sense."""
+    defaults = {**DEFAULTS, **({} if torch.cuda.is_available() else CPU_DEFAULTS)}
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def once(defaults: dict[str, Any]) -> tuple[AgentArguments, VLMQConfig, ModelConfig]:
+        # 200 arguments in a usage line would bury the message of an error.
+        usage = "%(prog)s [--config FILE.yaml] [--argument value ...]; --help lists them all"
+        parser = TrlParser([AgentArguments, VLMQConfig, ModelConfig], usage=usage)
+        parser.set_defaults_with_config(**defaults)
+        try:
+            parsed = parser.parse_args_and_config(args=argv)
+            check_episodes(parsed[0], parsed[1])
+            check_arguments(*parsed)
+            return parsed
+        except IndexError:
+            parser.error("`--config` needs the name of a YAML file.")
+        except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+            parser.error(str(error))
+
+    script, args, model_config = once(defaults)
+    if model_config.model_name_or_path is None:
+        # A budget of turns says itself how many updates there are.
+        budget = {"max_steps": -1} if script.online and args.max_env_turns is not None else {}
+        script, args, model_config = once({**defaults, **EMBEDDED_DEFAULTS, **budget})
+    args.eval_strategy = "no"  # the callback evaluates, for every method alike
+    args.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "dtype": model_config.dtype,
+        "attn_implementation": model_config.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    return script, args, model_config
+
+
+def check_episodes(script: AgentArguments, args: VLMQConfig) -> None:
+    """Raises ValueError unless the validation comes at whole steps, and no episode serves two purposes."""
+    if args.eval_steps != int(args.eval_steps) or args.eval_steps < 1:
+        raise ValueError(f"`eval_steps` is {args.eval_steps}; it must be a whole number of optimiser steps.")
+    spans = [
+        (args.eval_seed, args.eval_episodes, "`eval_seed`"),
+        (script.test_seed, max(script.test_episodes, script.sampled_test_episodes), "`test_seed`"),
+    ]
+    if script.dataset_path is None and script.episodes:
+        spans.append((script.collection_seed, script.episodes, "`collection_seed`"))
+    if script.online:
+        spans.append((args.rollout_seed, math.inf, "`rollout_seed`"))
+    spans.sort()
+    for (start, count, name), (following, _, other) in pairwise(spans):
+        if start + count > following:
+            raise ValueError(
+                f"{name} {start} and its {count} episodes run into {other} {following}: episodes are told apart by "
+                "seed, and none may serve two purposes. Move the seeds apart."
+            )
+
+
+def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: ModelConfig) -> None:
+    """Raises ValueError for what TRL would take, and this script cannot do."""
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            "`resume_from_checkpoint` is not needed: the same command with the same `output_dir` goes on by itself."
+        )
+    if args.load_best_model_at_end or args.save_strategy == "best":
+        raise ValueError(
+            "The script keeps each method's best weights by success itself; leave `load_best_model_at_end` out, and "
+            "`save_strategy` to 'steps', 'epoch' or 'no'."
+        )
+    if script.online and "vlmq" not in script.method:
+        raise ValueError(f"`online` is for the method vlmq; `method` is {script.method}.")
+    offline_only = "vlmq" in script.method and not script.online
+    if offline_only and args.off_policy_trace == "retrace" and script.dataset_path is None:
+        raise ValueError(
+            "`off_policy_trace` 'retrace' needs the behaviour's log-probabilities, which scripted players do not "
+            "have. Choose 'tree_backup', or give a `dataset_path` with `behavior_logprobs`."
+        )
+    name = model_config.model_name_or_path
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"`model_name_or_path`: there is no folder {name}.")
+
+
+def check_data(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConfig) -> None:
+    """Raises ValueError for data of another game, or of episodes that validation or test will play.
+
+    Args:
+        dataset: validated; its columns `env_id` and `seed` count where they are filled.
+    """
+    if "env_id" in dataset.column_names:
+        played = {(env_id or "").rpartition(":")[2] for env_id in dataset.unique("env_id")}
+        known = {env_id for domain in DOMAINS for env_id in domain.envs}
+        other = sorted(played & known - {script.env_id})
+        if other:
+            raise ValueError(f"{script.dataset_path} holds play of {other[0]}, not of {script.env_id}; see `env_id`.")
+    if "seed" in dataset.column_names:
+        seeds = np.array([seed for seed in dataset.unique("seed") if seed is not None])
+        for name, start, count in (
+            ("validation", args.eval_seed, args.eval_episodes),
+            ("test", script.test_seed, max(script.test_episodes, script.sampled_test_episodes)),
+        ):
+            shared = int(((seeds >= start) & (seeds < start + count)).sum())
+            if shared:
+                raise ValueError(
+                    f"{script.dataset_path} holds {shared} of the {name}'s episodes (seeds {start} to "
+                    f"{start + count - 1}): move `{'eval' if name == 'validation' else 'test'}_seed`."
+                )
+
+
+def earlier_results(
+    output: Path, script: AgentArguments, args: VLMQConfig, model_config: ModelConfig
+) -> tuple[dict[str, Any], bool]:
+    """What `results.json` in `output` says, if it was made with these arguments (but for `method`), else {}; and
+    whether the run that wrote it was interrupted, so that this one goes on with it.
+
+    Raises:
+        SystemExit: another run was interrupted there, and its checkpoints would be lost.
+    """
+    path = output / "results.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"methods": {}, "arguments": {}}
+    mine = all_arguments(script, args, model_config)
+    theirs = {k: v for kind, part in found.items() if kind.endswith("arguments") for k, v in part.items()}
+    mine = {k: v for part in mine.values() for k, v in part.items()}
+    differing = sorted(
+        k
+        for k in (mine.keys() | theirs.keys()) - {"output_dir"}
+        if json.dumps(mine.get(k)) != json.dumps(theirs.get(k))
+    )
+    if not differing and set(script.method) <= set(found["methods"]):
+        remove_checkpoints(output)  # of a run that was killed at its very end
+    goes_on = not differing and not set(script.method) <= set(found["methods"])
+    if any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) and not goes_on:
+        names = ", ".join(f"`{name}`" for name in differing[:3])
+        raise SystemExit(
+            f"{output} holds checkpoints of a run with another {names}: give it the same arguments to go on with it, "
+            "choose another `--output_dir`, or remove it."
+        )
+    return ({} if set(differing) - {"method"} else found), goes_on
+
+
+def all_arguments(script: AgentArguments, args: VLMQConfig, model_config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """As `results.json` holds them, and by which a run knows itself again."""
+    return {
+        "arguments": asdict(script),
+        "model_arguments": asdict(model_config),
+        "training_arguments": json.loads(args.to_json_string()),
+    }
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for path in folder.glob(f"**/{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = None) -> dict[str, Any]:
+    """Runs the whole example and returns what `results.json` holds.
+
+    Args:
+        argv: the command line; default `sys.argv`.
+        agent_format: how the agent sees and answers; default the game's own.
+    """
+    script, args, model_config = parse(argv)
+    quiet_bars()
+    say = print if args.process_index == 0 else lambda *_: None
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    earlier, goes_on = earlier_results(output, script, args, model_config)
+    done = [method for method in script.method if goes_on and method in earlier["methods"]]
+    if goes_on:
+        say(f"Going on with the run in {output}/" + (f"; done: {', '.join(done)}" if done else ""))
+
+    with args.main_process_first(desc="model and data"):
+        model_name = model_config.model_name_or_path or embedded_model(script)
+        dataset = load_data(script, agent_format) if script.with_data else None
+    data = None if dataset is None else level_of(dataset, script, args)
+    if data is not None:
+        level = percent(data["success_rate"])
+        say(f"Data: {data['episodes']:,} episodes, {data['turns']:,} turns, {level} of the episodes succeed.")
+
+    if earlier.get("data", data) != data:
+        raise SystemExit(
+            f"{output} holds a run on other data from {script.dataset_path or script.env_id}: choose another "
+            "`--output_dir`, or remove it."
+        )
+    before = earlier.get("before")
+    if script.before_episodes and before is None:
+        say("Testing the model before training ...")
+        model = load_pretrained(model_name, **args.model_init_kwargs).to(args.device)
+        processor = AutoProcessor.from_pretrained(model_name, revision=model_config.model_revision)
+        before = test_model(model, processor, script, args, agent_format, at_most=script.before_episodes)
+        del model
+
+    results = {
+        "env_id": script.env_id,
+        "model": model_name,
+        "data": data,
+        "before": before,
+        "methods": {
+            method: run
+            for method, run in earlier.get("methods", {}).items()
+            if method in done or method not in script.method
+        },
+        **all_arguments(script, args, model_config),
+        "versions": {m.__name__: m.__version__ for m in (vlmq_trl, torch, transformers, trl, datasets)},
+    }
+    write_results(results, output, args)
+    for method in script.method:
+        if method in done:
+            continue
+        say(f"Training {method} ...")
+        results["methods"][method] = train(method, model_name, dataset, script, args, model_config, agent_format)
+        write_results(results, output, args)  # after each method, so that a run cut short leaves what it has
+        if args.process_index == 0:
+            remove_checkpoints(output / method)  # the method is done: nothing goes on from here
+    say("\n" + table(results))
+    say(f"\nResults, learning curve and models: {output}/")
+    return results
+
+
+def write_results(results: dict[str, Any], output: Path, args: VLMQConfig) -> None:
+    if args.process_index == 0:
+        (output / "results.json.part").write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(output / "results.json.part", output / "results.json")
+        if results["methods"]:
+            plot_learning_curve(results, output / "learning_curve.png")
+
+
+def embedded_model(script: AgentArguments) -> str:
+    """Directory of the embedded model that reads this environment."""
+    steps = {} if script.embedded_steps is None else {"steps": script.embedded_steps}
+    return load_embedded_model(EmbeddedRecipe(games=(script.reading_lessons,), **steps))
+
+
+def load_data(script: AgentArguments, agent_format: AgentFormat | None = None) -> datasets.Dataset:
+    """The trajectory dataset that all methods train on."""
+    if script.dataset_path is not None:
+        return load_trajectories(script.dataset_path)
+    return collect_demonstrations(
+        script.env_id,
+        policy=script.policy,
+        episodes=script.episodes,
+        seed=script.collection_seed,
+        agent_format=agent_format,
+        env_kwargs=script.env_kwargs,
+        num_envs=script.collection_num_envs,
+    )
+
+
+def level_of(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConfig) -> dict[str, Any]:
+    """Validates the data and says how well it was played."""
+    index = validate_trajectories(dataset, check_images="none")
+    check_data(dataset, script, args)
+    successes = int(index.success.sum())
+    low, high = wilson_interval(successes, len(index))
+    return {
+        "played_by": f"{script.policy} play" if script.dataset_path is None else Path(script.dataset_path).name,
+        "episodes": len(index),
+        "turns": len(dataset),
+        "successes": successes,
+        "success_rate": successes / len(index),
+        "success_rate_low": low,
+        "success_rate_high": high,
+    }
+
+
+def train(
+    method: str,
+    model_name: str,
+    dataset: datasets.Dataset | None,
+    script: AgentArguments,
+    args: VLMQConfig,
+    model_config: ModelConfig,
+    agent_format: AgentFormat | None = None,
+) -> dict[str, Any]:
+    """Trains one method, from its newest checkpoint if it has any, puts its best weights back, saves and tests it.
+
+    Returns:
+        `history` (validation, see `EnvEvaluationCallback`), `best_step`, `train_seconds`, and the test's `greedy` and
+        `sampled`.
+    """
+    args = copy.copy(args)
+    args.output_dir = os.path.join(args.output_dir, method)
+    sharded = is_deepspeed_zero3_enabled() or bool(args.fsdp)
+    evaluation = EnvEvaluationCallback(
+        script.env,
+        eval_steps=int(args.eval_steps),
+        episodes=args.eval_episodes,
+        seed=args.eval_seed,
+        temperature=args.eval_temperature,
+        num_envs=args.eval_num_envs,
+        max_completion_length=args.max_completion_length,
+        agent_format=agent_format,
+        keep_best=not sharded,
+        stop_at_success=args.stop_at_success,
+    )
+    if method == "filtered_bc":
+        dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
+    model = load_pretrained(
+        model_name, quantization_config=get_quantization_config(model_config), **args.model_init_kwargs
+    )
+    args.model_init_kwargs = None  # applied above
+    peft_config = get_peft_config(model_config)
+    if script.freeze_vision_tower:
+        if peft_config is not None:
+            peft_config.exclude_modules = r".*(vision|visual).*"
+        for name, parameter in model.named_parameters():
+            if re.search("vision|visual", name):
+                parameter.requires_grad_(False)
+    trainer_class: Any = VLMQTrainer if method == "vlmq" else SFTTrainer
+    if method == "vlmq" and script.online:
+        trainer_class = partial(VLMQTrainer, env=script.env, agent_format=agent_format)
+    trainer = trainer_class(
+        model,
+        args=args,
+        train_dataset=dataset,
+        callbacks=[evaluation, TrainingBar(method, evaluation)],
+        peft_config=peft_config,
+    )
+    check_space(args, trainer.model, adapter_only=peft_config is not None)
+    # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_checkpoint(args.output_dir)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}")
+    if sharded or checkpoint is None or not trained_to_the_end(checkpoint, evaluation):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if not sharded:
+        evaluation.restore_best(trainer.model)
+    trainer.save_model(args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    result = {
+        "history": evaluation.history,
+        "best_step": evaluation.best["step"] if not sharded else evaluation.history[-1]["step"],
+        "train_seconds": evaluation.history[-1]["train_seconds"],
+        **test_model(model, trainer.processing_class, script, args, agent_format),
+    }
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def trained_to_the_end(checkpoint: str, evaluation: EnvEvaluationCallback) -> bool:
+    """Whether only the test is left; `evaluation` then has its records and best weights back. `Trainer` would go on
+    by a step."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    if not evaluation.restore(checkpoint) or evaluation.history[-1]["step"] != state.global_step:
+        return False
+    return state.global_step >= state.max_steps or evaluation.satisfied
+
+
+def check_space(args: VLMQConfig, model: torch.nn.Module, adapter_only: bool) -> None:
+    """Stops before training if the trained model, and its checkpoints on the way, would not fit on the disk.
+
+    A checkpoint holds the weights, Adam's two moments and the best weights; a new one is written before the old goes.
+
+    Raises:
+        OSError: says how much is free and how much is needed.
+    """
+    os.makedirs(args.output_dir, exist_ok=True)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = trained if adapter_only else sum(p.numel() * p.element_size() for p in model.parameters())
+    what = "the trained model takes"
+    if args.save_strategy != "no":
+        needed, what = needed + 2 * (needed + 3 * trained), "the trained model and its checkpoints take"
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        raise OSError(
+            f"{args.output_dir} has {free / 1e6:,.1f} MB free, and {what} {needed / 1e6:,.1f} MB: free some space, "
+            "choose another `--output_dir`, or do without checkpoints (`--save_strategy no`)."
+        )
+
+
+def test_model(
+    model: Any,
+    processor: Any,
+    script: AgentArguments,
+    args: VLMQConfig,
+    agent_format: AgentFormat | None = None,
+    at_most: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Plays the test episodes: `greedy` and `sampled` results of `evaluate_model`, with `successes` and `seconds`.
+
+    In Points24 also `solvable`, the number of solvable hands, and `solvable_success_rate` with its interval.
+    """
+    results = {}
+    for name, temperature, episodes in (
+        ("greedy", 0.0, script.test_episodes),
+        ("sampled", 1.0, script.sampled_test_episodes),
+    ):
+        episodes = episodes if at_most is None else min(episodes, at_most)
+        start = time.perf_counter()
+        played = evaluate_model(
+            model,
+            processor,
+            script.env,
+            episodes=episodes,
+            seed=script.test_seed,
+            temperature=temperature,
+            num_envs=args.eval_num_envs,
+            max_completion_length=args.max_completion_length,
+            agent_format=agent_format,
+        )
+        played["successes"] = round(played["success_rate"] * episodes)
+        played["seconds"] = time.perf_counter() - start
+        if script.reading_lessons == "Points24":
+            played["solvable"] = count_solvable(script.env, episodes, script.test_seed)
+            low, high = wilson_interval(played["successes"], played["solvable"])
+            played["solvable_success_rate"] = played["successes"] / max(1, played["solvable"])
+            played["solvable_success_rate_low"], played["solvable_success_rate_high"] = low, high
+        results[name] = played
+    return results
+
+
+def count_solvable(env: EnvSpec, episodes: int, seed: int) -> int:
+    """Hands with a solution among the episodes that start with the seeds `seed`, `seed + 1`, ..."""
+    game = make_env(env).unwrapped
+    count = 0
+    for episode in range(episodes):
+        game.reset(seed=seed + episode)
+        count += game.solvable
+    return count
+
+
+class TrainingBar(TrainerCallback):
+    """One progress bar a method, with the latest and the best validation success; without bars, a line each time."""
+
+    def __init__(self, method: str, evaluation: EnvEvaluationCallback):
+        self.method, self.evaluation = method, evaluation
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        kwargs = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = tqdm(desc=self.method, disable=hidden, dynamic_ncols=True, **kwargs)
+        self.prints = args.disable_tqdm and state.is_world_process_zero
+
+    def on_step_end(self, args, state, control, **kwargs):
+        best, last = self.evaluation.best, self.evaluation.history[-1]
+        text = f"success {percent(last['success_rate'])}, best {percent(best['success_rate'])} at {best['step']}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.prints and last["step"] == state.global_step:
+            print(f"{self.method}, step {state.global_step} of {state.max_steps}: {text}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def title(results: dict[str, Any]) -> str:
+    """The environment's short name: "Blackjack", "BabyAI-GoToObj"."""
+    return results["env_id"].rpartition(":")[2].removeprefix("vlmq_trl/").removesuffix("-v0")
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def trained(run: dict[str, Any]) -> str:
+    turns = f", {run['history'][-1]['env_turns']:,} turns" if "env_turns" in run["history"][-1] else ""
+    return f"step {run['best_step']}{turns}, {run['train_seconds']:.0f} s"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The before/after table: success with 95 % intervals, greedy and sampled, one line a method."""
+    data, before = results["data"], results["before"]
+    rows = [
+        *([(f"the data ({data['played_by']})", None, data, "")] if data else []),
+        *([("before training", before["greedy"], before["sampled"], "")] if before else []),
+        *((name, run["greedy"], run["sampled"], trained(run)) for name, run in results["methods"].items()),
+    ]
+    blocks = [("", "success_rate")]
+    if any("solvable" in run["greedy"] for run in results["methods"].values()):
+        blocks.append((", of the hands that can be solved", "solvable_success_rate"))
+    lines = []
+    for what, key in blocks:
+        lines += [
+            *([""] if lines else []),
+            f"{title(results)}: success with its 95 % interval{what}",
+            f"{'':<30}{'greedy':<26}{'sampled':<26}trained",
+        ]
+        for name, *columns, note in rows:
+            if all(c is None or key not in c for c in columns):
+                continue
+            cells = [
+                f"{percent(c[key]):>7}  ({100 * c[key + '_low']:.1f} to {100 * c[key + '_high']:.1f})"
+                if c is not None and key in c
+                else f"{'-':>5}"
+                for c in columns
+            ]
+            lines.append(f"{name:<30}{cells[0]:<26}{cells[1]:<26}{note}".rstrip())
+    return "\n".join(lines)
+
+
+def plot_learning_curve(results: dict[str, Any], path: Path) -> None:
+    """Validation success with its 95 % band against optimiser steps, and of an online run against environment turns
+    too; the data's own level dashed."""
+    online = {name: run for name, run in results["methods"].items() if "env_turns" in run["history"][-1]}
+    panels = [("optimiser steps", "step", results["methods"])]
+    panels += [("environment turns", "env_turns", online)] if online else []
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.2), dpi=130, squeeze=False)
+    for axes, (label, key, runs) in zip(all_axes[0], panels, strict=True):
+        for name, run in runs.items():
+            at = [record.get(key, 0) for record in run["history"]]
+            success = 100 * np.array([[r[k] for r in run["history"]] for k in ("success_rate", "low", "high")])
+            (line,) = axes.plot(at, success[0], marker="o", markersize=3, label=name)
+            axes.fill_between(at, success[1], success[2], color=line.get_color(), alpha=0.2, linewidth=0)
+        if data := results["data"]:
+            level = f"the data ({data['played_by']})"
+            axes.axhline(100 * data["success_rate"], linestyle="--", color="0.4", label=level)
+        axes.set(xlabel=label, ylabel="success in % (validation)", ylim=(-3, 103), title=title(results))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def quiet_bars() -> None:
+    """Switches off the libraries' own progress bars (loading weights, writing shards, ...)."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the newest checkpoint.")
