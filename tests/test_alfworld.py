@@ -251,9 +251,9 @@ def test_bad_folders_and_files(tmp_path, monkeypatch):
             read_game(path)
         file.write_text(good)
     data = json.loads(path.read_text())
-    for problem in ("(:objects é - object)", f"(:objects {'x' * 2000} - object)"):
+    for problem in ("(:objects é - object)", f"(:objects {'x' * 2000} - object)", "(:objects mug{o} - object)"):
         path.write_text(json.dumps({**data, "pddl_problem": problem}))
-        with pytest.raises(ValueError, match="too long, not ASCII, or holds a name of over 100 characters"):
+        with pytest.raises(ValueError, match="too long, not ASCII, or has braces or a name of over 100 characters"):
             read_game(path)
 
 

@@ -91,7 +91,8 @@ _BASINS = ("SinkBasin", "BathtubBasin")
 _ABILITIES = ("Cleanable", "Heatable", "Coolable", "Toggleable", "Sliceable")
 
 _GOAL = re.compile(r"Your task is to: ([^\n\"\\{}\[\]#|]{1,300}?)\.?(?=[\n\"\\])")
-_LONG_NAME = re.compile(r"[^\s()]{101}")  # the planner's library copies names into buffers of 1,024 characters
+# The engine's library copies names into buffers of 1,024 characters, and TextWorld formats texts that hold names.
+_BAD_NAME = re.compile(r"[^\s()]{101}|[{}]")
 _MAX_PROBLEM = 4_000_000  # characters
 
 
@@ -327,8 +328,10 @@ def read_game(path: str | os.PathLike) -> Game | None:
     problem, params = data.get("pddl_problem"), trajectory.get("pddl_params")
     if task is None or not isinstance(problem, str) or not isinstance(params, dict):
         raise ValueError(f"{path}: it or its traj_data.json lacks pddl_problem, pddl_params or a known task_type")
-    if len(problem) > _MAX_PROBLEM or not problem.isascii() or _LONG_NAME.search(problem):
-        raise ValueError(f"{path}: its pddl_problem is too long, not ASCII, or holds a name of over 100 characters")
+    if len(problem) > _MAX_PROBLEM or not problem.isascii() or _BAD_NAME.search(problem):
+        raise ValueError(
+            f"{path}: its pddl_problem is too long, not ASCII, or has braces or a name of over 100 characters"
+        )
     target, place, lamp = (
         str(params.get(key, "")).lower() for key in ("object_target", "parent_target", "toggle_target")
     )

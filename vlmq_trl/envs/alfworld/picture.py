@@ -81,7 +81,7 @@ def _box(
 
 
 def _columns(count: int) -> int:
-    return 2 if count <= 8 else 3 if count <= 15 else 4 if count <= 28 else math.ceil(math.sqrt(count))
+    return 2 if count <= 8 else 3 if count <= 15 else 4 if count <= 24 else 5
 
 
 def draw(memory: Memory) -> NDArray[np.uint8]:
