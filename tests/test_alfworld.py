@@ -18,9 +18,8 @@ import pytest
 from vlmq_trl import collect_demonstrations, play_episodes
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.envs import DOMAINS, make_demonstrator
-from vlmq_trl.envs.alfworld import DOMAIN, TASKS
-from vlmq_trl.envs.alfworld.env import ALFWorld
-from vlmq_trl.envs.alfworld.games import SIZES, Game, data_folder, find_games, make_game, read_game, write_game
+from vlmq_trl.envs.alfworld import DOMAIN, SIZES, TASKS, ALFWorld, Game, make_game, read_game, write_game
+from vlmq_trl.envs.alfworld.games import data_folder, find_games
 from vlmq_trl.envs.alfworld.memory import by_number
 from vlmq_trl.envs.alfworld.planner import plan
 from vlmq_trl.rollout import Response
