@@ -8,6 +8,7 @@ What is set differently from BrowserGym's own MiniWoB++:
   and takes no more episodes than `EPISODES_PER_BROWSER`;
 - no second browser for a chat, no delays, an episode timer of 24 days, language en-US and time zone UTC;
 - a page reaches MiniWoB++'s own files and nothing else;
+- no caret blinks in text fields;
 - actions are BrowserGym's functions, called; no text is run.
 """
 
@@ -46,6 +47,13 @@ CHROMIUM_FLAGS = (
 _SETTLE = """async limit => {
     const end = Date.now() + limit;
     while (window.jQuery && jQuery.timers.length && Date.now() < end) await new Promise(r => setTimeout(r, 20));
+}"""
+
+# A blinking caret would make pictures differ by chance. No element is added, which would shift BrowserGym's numbers.
+_NO_CARET = """() => {
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync("* { caret-color: transparent !important; }");
+    document.adoptedStyleSheets = [sheet];
 }"""
 
 
@@ -314,7 +322,9 @@ def _local(task_class: Any, on_crash: Callable[[], None]) -> Any:
         def setup(self, page: Any) -> Any:
             page.on("crash", lambda _: on_crash())
             page.context.route(lambda url: not reachable(url), lambda route: route.abort())
-            return super().setup(page)
+            goal, info = super().setup(page)
+            page.evaluate(_NO_CARET)
+            return goal, info
 
     return Local
 
