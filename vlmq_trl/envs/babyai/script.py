@@ -23,7 +23,7 @@ import numpy as np
 from vlmq_trl.envs.babyai.game import ACTIONS, BabyAI, describe
 from vlmq_trl.envs.base import Script
 
-MAX_SUBGOALS = 25  # play that gets somewhere was seen to need 8
+MAX_SUBGOALS = 25  # play that gets somewhere was seen to need 9
 
 _MISTAKEN = {
     "turn left": "turn right",
