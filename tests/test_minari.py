@@ -125,6 +125,15 @@ def test_both_ways_to_hold_pictures_are_exact(pictures):
     assert same(trajectories_from_minari(written), ds)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA"])
+def test_other_modes_of_pictures_are_kept(mode):
+    """One picture of one size in each prompt, but no RGB: an array cannot hold it."""
+    turns = [Turn(prompt(), [Image.fromarray(picture(k)).convert(mode)], "a", 0.0) for k in range(2)]
+    ds = dataset_from_episodes([episode("x", turns)])
+    written = trajectories_to_minari(ds, "set-v0")
+    assert "pictures" in written.observation_space.spaces and same(trajectories_from_minari(written), ds)
+
+
 def test_other_picture_files_keep_their_pixels(tmp_path):
     """A set whose pictures are JPEGs, or files of their own, comes back with the same pixels, as PNGs."""
     Image.fromarray(picture(1, (40, 40))).save(tmp_path / "one.jpg")

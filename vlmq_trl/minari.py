@@ -26,6 +26,7 @@ import os
 import shutil
 import string
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -342,8 +343,7 @@ def _buffers(ds: datasets.Dataset | datasets.IterableDataset, survey: _Survey, p
             rewards=[turn.reward for turn in turns],
             terminations=[*ends, episode.terminated],
             truncations=[*ends, episode.truncated],
-            # Escaped to ASCII: Minari reads these as NumPy strings, which lose NUL at their end.
-            infos={KEY: [json.dumps(record) for record in [*records, about]]},
+            infos={KEY: [_json(record) for record in [*records, about]]},
         )
 
 
@@ -571,14 +571,14 @@ class _Foreign:
         steps = len(data)
         terminated, truncated = self._ends(data)
         task = self.task if isinstance(self.task, str) else self.task(data)
-        history: list[Exchange] = []
+        history: deque[Exchange] = deque(maxlen=self.agent_format.history)
         turns = []
         for step in range(steps):
             seen = self.see(_at(data.observations, step))
             prompt, images = self._prompt(task, seen, history, data, step)
             word, response = self.words(_at(data.actions, step), data, step)
             turns.append(Turn(prompt, images, response, float(data.rewards[step]), word))
-            history = [*history, Exchange(seen, response)][-self.agent_format.history :]
+            history.append(Exchange(seen, response))
         final: tuple[list | None, list | None] = (None, None)
         if truncated and _steps(data.observations) > steps:
             final = self._prompt(task, self.see(_at(data.observations, steps)), history, data, steps)
@@ -594,9 +594,9 @@ class _Foreign:
             seed=self._seed(data),
         )
 
-    def _prompt(self, task: str, seen: Any, history: list[Exchange], data: Any, step: int) -> tuple[list, list]:
+    def _prompt(self, task: str, seen: Any, history: deque[Exchange], data: Any, step: int) -> tuple[list, list]:
         try:
-            return self.agent_format.build_prompt(task, seen, history)
+            return self.agent_format.build_prompt(task, seen, tuple(history))
         except (TypeError, ValueError) as error:
             raise TrajectoryError(f"{_where(self.dataset, data, step)}: {error}") from error
 
