@@ -109,6 +109,7 @@ def test_chromium_is_searched_for(monkeypatch, tmp_path):
         ({"text_budget": 99}, "text_budget and reading_budget must be at least 100"),
         ({"max_turns": 0}, "max_turns at least 1"),
         ({"delay": -1}, "delay at least 0"),
+        ({"patience": 0}, "patience above 0"),
         ({"on_invalid": "ignore"}, "on_invalid must be one of"),
     ],
 )
@@ -333,6 +334,24 @@ def test_an_invalid_action_does_not_touch_the_page(play):
     assert (reward, terminated, truncated, info) == (-0.05, False, False, {"valid": False, "action": ""})
     np.testing.assert_array_equal(before["image"], after["image"])
     assert after["text"].startswith(before["text"]) and "no action 'goto'" in after["text"]
+
+
+def test_a_covered_element_is_waited_for(play):
+    env = play("click-test-2", patience=1.5)
+    cover = "() => document.body.insertAdjacentHTML('beforeend', '<p id=cover style=position:fixed;inset:0>')"
+    env.browser.env.page.evaluate(cover)
+    observation, reward, *_ = env.step("click('13')")
+    assert reward == 0.0 and "intercepts pointer events" in observation["text"].splitlines()[-1]
+    env.browser.env.page.evaluate("() => { setTimeout(() => document.getElementById('cover').remove(), 800); }")
+    assert env.step("click('13')")[1:3] == (1.0, True)
+
+
+def test_an_element_that_is_not_drawn_fails_at_once(play):
+    env = play("choose-list")
+    option = next(one for one in env.elements if one.role == "option")
+    observation, reward, _, _, info = env.step(f"click('{option.bid}')")
+    assert (reward, info["valid"]) == (0.0, True)
+    assert observation["text"].endswith(f"The last action failed: element {option.bid} is not drawn")
 
 
 def element(bid, role="button", visible=True, usable=True, **kwargs):

@@ -27,6 +27,7 @@ import browsergym.core
 import browsergym.core.env as browsergym_env
 import miniwob
 from browsergym.core.action import functions
+from browsergym.core.action.utils import get_elem_by_bid
 from browsergym.miniwob import ALL_MINIWOB_TASKS
 from playwright.sync_api import Error as PlaywrightError
 
@@ -144,10 +145,11 @@ class Browser:
         task: a MiniWoB++ task's name, such as "click-test".
         chromium: the path of Chromium.
         delay: seconds between an action and the observation.
+        patience: seconds that an element may take to become ready for an action.
     """
 
-    def __init__(self, task: str, chromium: str, delay: float = 0.0):
-        self.chromium = chromium
+    def __init__(self, task: str, chromium: str, delay: float = 0.0, patience: float = 2.0):
+        self.chromium, self.patience = chromium, patience
         self._process: Any = None  # Playwright's Browser
         self._pid = 0  # Chromium's
         self._start = 0  # of the driver that started it
@@ -198,7 +200,7 @@ class Browser:
             self._end_process()
         self._episodes += 1
         parts = SimpleNamespace(selectors=playwright.selectors, chromium=SimpleNamespace(launch=self._launch))
-        with _in_place_of(_get_global_playwright=lambda: parts, Chat=_NoChat):
+        with _in_place_of(browsergym_env, _get_global_playwright=lambda: parts, Chat=_NoChat):
             observation, _ = self.env.reset(seed=seed)
         return observation
 
@@ -249,15 +251,24 @@ class Browser:
 
     def _call(self, call: Call) -> str:
         """Calls BrowserGym's function in the page; returns what it complained of."""
-        functions.page, functions.demo_mode, functions.retry_with_force = self.env.page, "off", False
         arguments = [list(value) if isinstance(value, tuple) else value for value in call.arguments]
+        parts = {
+            "page": self.env.page,
+            "demo_mode": "off",
+            "retry_with_force": False,
+            "get_elem_by_bid": self._element,
+        }
         try:
-            getattr(functions, call.name)(*arguments)
+            with _in_place_of(functions, **parts):
+                getattr(functions, call.name)(*arguments)
         except (PlaywrightError, ValueError) as error:
             if not self.alive:
                 raise
             return f"{type(error).__name__}: {error}"
         return ""
+
+    def _element(self, page: Any, bid: str, *_: Any) -> _Patient:
+        return _Patient(get_elem_by_bid(page, bid), 1000 * self.patience)
 
     def _settle(self) -> None:
         """Waits for jQuery's animations to end."""
@@ -294,16 +305,34 @@ class Browser:
 
 
 @contextlib.contextmanager
-def _in_place_of(**parts: Any) -> Iterator[None]:
-    """BrowserGym's module with other parts, for the time of a reset; other environments of it see nothing of that."""
-    saved = {name: getattr(browsergym_env, name) for name in parts}
+def _in_place_of(module: Any, **parts: Any) -> Iterator[None]:
+    """A module of BrowserGym with other parts, for a while; its other users see nothing of that."""
+    saved = {name: getattr(module, name) for name in parts}
     for name, part in parts.items():
-        setattr(browsergym_env, name, part)
+        setattr(module, name, part)
     try:
         yield
     finally:
         for name, part in saved.items():
-            setattr(browsergym_env, name, part)
+            setattr(module, name, part)
+
+
+class _Patient:
+    """Playwright's handle of an element, given more time for an action than BrowserGym's half second.
+
+    A busy machine needs it: there the same action would succeed in one episode and fail in the next.
+    """
+
+    def __init__(self, locator: Any, milliseconds: float):
+        self._locator, self._milliseconds = locator, milliseconds
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._locator, name)
+
+        def act(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **{**kwargs, "timeout": self._milliseconds})
+
+        return act
 
 
 def _local(task_class: Any, on_crash: Callable[[], None]) -> Any:

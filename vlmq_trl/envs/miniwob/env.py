@@ -54,6 +54,8 @@ class MiniWoB(TextActionEnv):
         max_turns: turns after which an episode is truncated.
         delay: seconds between an action and the observation, for pages that change a while after it. Animations of
             jQuery are waited for anyway, a second at most.
+        patience: seconds that an element may take to become ready for an action (uncovered, at rest), after which the
+            action fails.
         render_mode, invalid_penalty, on_invalid: as in `TextActionEnv`; "random" acts as "noop", as the legal actions
             are open-ended.
 
@@ -77,6 +79,7 @@ class MiniWoB(TextActionEnv):
         reading_budget: int = 400,
         max_turns: int = 10,
         delay: float = 0.0,
+        patience: float = 2.0,
         render_mode: str | None = None,
         invalid_penalty: float = 0.05,
         on_invalid: OnInvalid = "noop",
@@ -86,28 +89,28 @@ class MiniWoB(TextActionEnv):
             raise ValueError(f"MiniWoB: no task {task!r}; `python -m vlmq_trl.envs miniwob` lists them")
         if action_space not in ACTION_SPACES:
             raise ValueError(f"MiniWoB: action_space must be one of {', '.join(ACTION_SPACES)}, not {action_space!r}")
-        if min(text_budget, reading_budget) < 100 or max_turns < 1 or delay < 0:
+        if min(text_budget, reading_budget) < 100 or max_turns < 1 or delay < 0 or patience <= 0:
             raise ValueError(
                 "MiniWoB: text_budget and reading_budget must be at least 100, max_turns at least 1, delay at least "
-                f"0, not {text_budget}, {reading_budget}, {max_turns} and {delay}"
+                f"0, patience above 0, not {text_budget}, {reading_budget}, {max_turns}, {delay} and {patience}"
             )
         self.picture_size = PICTURE_SIZE if image else None
         self.text_length = GOAL_LENGTH + ERROR_LENGTH + (text_budget if tree else 0) + 100
         super().__init__(render_mode, invalid_penalty, on_invalid)
-        self.name, self.actions, self.max_turns, self.delay = task, action_space, max_turns, delay
+        self.name, self.actions, self.max_turns = task, action_space, max_turns
         self.tree, self.marks, self.text_budget, self.reading_budget = tree, marks, text_budget, reading_budget
         self.task = f"Do in the web page what the goal says, by one action a turn: {_EXAMPLES[action_space]}."
         self.goal = self.error = ""
         self.elements: list[page.Element] = []
-        self.browser = self._make_browser()
+        self.browser = self._make_browser(delay, patience)
         self.seen: Mapping[str, Any] = {}
 
-    def _make_browser(self) -> Browser:
+    def _make_browser(self, delay: float, patience: float) -> Browser:
         from vlmq_trl.envs.miniwob.browser import Browser
 
         chromium = find_chromium()
         assert chromium is not None  # `DOMAIN.require` has seen it
-        return Browser(self.name, chromium, self.delay)
+        return Browser(self.name, chromium, delay, patience)
 
     def _start(self, options: dict[str, Any], seed: int | None) -> None:
         if seed is None or seed >= 2**32:  # BrowserGym's bound; smaller ones are its own, so that episodes are
@@ -134,7 +137,7 @@ class MiniWoB(TextActionEnv):
             call = parse(action, ACTION_SPACES[self.actions])
         except ActionError as error:
             return f"not an action: {error}"
-        known = {element.bid for element in self.elements} | set(self.seen.get("extra_element_properties", ()))
+        known = self.seen.get("extra_element_properties", ())
         unknown = [bid for bid in call.bids if bid not in known]
         return f"not an action: no element has the number {unknown[0]}" if unknown else call
 
@@ -143,6 +146,11 @@ class MiniWoB(TextActionEnv):
         return None if isinstance(call, str) else call
 
     def _play(self, action: Call) -> tuple[float, bool, bool]:
+        drawn = self.seen["extra_element_properties"]
+        hidden = [bid for bid in action.bids if not drawn[bid]["bbox"]]
+        if hidden:  # Playwright would wait for it
+            self.error = f"element {hidden[0]} is not drawn"
+            return 0.0, False, False
         self._running = False  # unless the browser survives it
         observation, reward, terminated = self.browser.play(action)
         self._running = True
