@@ -33,8 +33,12 @@ tasks = pytest.mark.parametrize("task", list(TASKS))
 
 
 @pytest.fixture(autouse=True)
-def no_data_set(monkeypatch):
+def home(monkeypatch, tmp_path_factory):
+    """A home without a data set."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    return home
 
 
 def start(task="Pick", seed=0, options=None, **settings):
@@ -227,15 +231,25 @@ def test_unsolvable_games_are_passed_over(tmp_path):
         assert env.game.source == heat[1]
 
 
+def test_the_data_set_may_lie_where_alfworld_puts_it(home, monkeypatch):
+    default = home / ".cache" / "alfworld"
+    for named in (None, str(default)):  # ALFWorld itself sets the variable, with or without a data set
+        if named:
+            monkeypatch.setenv("ALFWORLD_DATA", named)
+        assert data_folder() is None
+    games = data_set(default, "valid_seen")
+    for named in (str(default), ""):
+        monkeypatch.setenv("ALFWORLD_DATA", named)
+        assert data_folder() == str(default)
+    assert set(find_games(ALFWorld(split="valid_seen").folder, "valid_seen")["Cool"]) < set(games)
+
+
 def test_bad_folders_and_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'no ALFWorld game under .*alfworld-download.*data="own"'):
         ALFWorld(data=str(tmp_path / "nowhere"))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"no ALFWorld game under .*nowhere"):
         ALFWorld()
-    monkeypatch.setenv("ALFWORLD_DATA", str(Path("~/.cache/alfworld").expanduser()))
-    if not Path("~/.cache/alfworld/json_2.1.1").expanduser().exists():  # ALFWorld itself sets it so
-        assert data_folder() is None
     path = write_game(game_of(), tmp_path / "game")
     for name, text, error in (
         ("game.tw-pddl", "{", "cannot be read as JSON"),

@@ -36,7 +36,7 @@ class ALFWorld(TextActionEnv):
     Args:
         task: one of `TASKS` ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"); None draws one for each episode.
         data: the folder of ALFWorld's data set, or "own" for small households made from the seed. None takes the
-            folder that ALFWORLD_DATA names, and own households where it names none.
+            folder that ALFWORLD_DATA names, or `~/.cache/alfworld`; without a data set, own households.
         split: of the data set: "train", "valid_seen" or "valid_unseen".
         size: of own households: "small" (5 to 7 receptacles), "medium" (8 to 10) or "large" (12 to 15).
         admissible: the text lists the admissible commands.

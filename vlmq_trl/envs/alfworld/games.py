@@ -368,9 +368,8 @@ def find_games(folder: str, split: str) -> dict[str, tuple[str, ...]]:
 
 
 def data_folder() -> str | None:
-    """The data set's folder that ALFWORLD_DATA names; None if it is not set, or only by ALFWorld and has no data."""
-    folder = os.environ.get("ALFWORLD_DATA")
-    by_default = str(Path("~/.cache/alfworld").expanduser())  # `import alfworld` sets it to this
-    if not folder or (folder == by_default and not (Path(folder) / "json_2.1.1").is_dir()):
-        return None
-    return folder
+    """The data set's folder: the one that ALFWORLD_DATA names, or ALFWorld's own default if it holds the data set."""
+    default = Path("~/.cache/alfworld").expanduser()
+    folder = os.environ.get("ALFWORLD_DATA") or str(default)
+    # `import alfworld` sets the variable to the default, whether there is anything or not.
+    return None if folder == str(default) and not (default / "json_2.1.1").is_dir() else folder
