@@ -40,6 +40,10 @@ CASES = [
     Case("vlmq_trl/BabyAI-GoToLocal-v0"),
     Case("vlmq_trl/BabyAI-PutNextLocal-v0", {"view": "full", "effects": True, "tile_size": 8}, episodes=4, strings=500),
     Case("vlmq_trl/BabyAI-UnlockPickup-v0", {"tile_size": 16}, episodes=3, strings=500),
+    Case("vlmq_trl/ALFWorld-Pick-v0", episodes=4, strings=500),
+    Case("vlmq_trl/ALFWorld-v0", {"picture": False, "admissible": False}, episodes=2, strings=200),
+    Case("vlmq_trl/MiniWoB-click-test-2-v0", episodes=2, strings=30),
+    Case("vlmq_trl/MiniWoB-enter-text-v0", {"marks": True, "action_space": "both"}, episodes=2, strings=20),
     Case(FROZEN_LAKE, strings=300, policies=("random",)),
 ]
 
@@ -206,12 +210,13 @@ def test_a_bad_option_is_refused(case):
             case.make(**kwargs)
 
 
-def test_nothing_is_left_after_close(case):
+def test_nothing_is_left_after_close(case, env):
+    env.close()  # what it started would come and go beside what is looked for
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     made = case.make()
     made.reset(seed=0)
     made.close()
     made.close()  # twice is harmless
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    _, alive = psutil.wait_procs(left, timeout=5)
+    _, alive = psutil.wait_procs(left, timeout=10)
     assert alive == []
