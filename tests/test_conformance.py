@@ -38,7 +38,7 @@ class Case:
 CASES = [
     *(Case(env_id) for env_id in DOMAINS[0].envs),
     Case("vlmq_trl/BabyAI-GoToLocal-v0"),
-    Case("vlmq_trl/BabyAI-PutNextLocal-v0", {"view": "full", "effects": True, "tile_size": 8}, episodes=4, strings=500),
+    Case("vlmq_trl/BabyAI-PutNextLocal-v0", {"view": "full", "effects": True, "tile_size": 8}, 4, 500),
     Case("vlmq_trl/BabyAI-UnlockPickup-v0", {"tile_size": 16}, episodes=3, strings=500),
     Case("vlmq_trl/ALFWorld-Pick-v0", episodes=4, strings=500),
     Case("vlmq_trl/ALFWorld-v0", {"picture": False, "admissible": False}, episodes=2, strings=200),
