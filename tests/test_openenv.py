@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import warnings
@@ -323,9 +324,11 @@ def test_too_many_sessions(mortal):
     envs = [guesser(mortal.url) for _ in range(2)]
     with pytest.raises(OpenEnvError, match=r"takes no further session .*larger max_concurrent_envs"):
         guesser(mortal.url, connect_timeout=0.5)
-    for env in envs:
-        env.close()
-    guesser(mortal.url).close()  # a closed adapter has given its session back
+    later = threading.Timer(1.0, envs[0].close)
+    later.start()
+    guesser(mortal.url, connect_timeout=60).close()  # waits for a session that is given back
+    later.join()
+    envs[1].close()
 
 
 def test_a_server_that_is_killed_and_started_again(mortal):
