@@ -15,8 +15,10 @@ What is set differently from BrowserGym's own MiniWoB++:
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,8 @@ from typing import Any
 import browsergym.core
 import browsergym.core.env as browsergym_env
 import miniwob
+import playwright._impl._connection
+import playwright._impl._sync_base
 from browsergym.core.action import functions
 from browsergym.core.action.utils import get_elem_by_bid
 from browsergym.miniwob import ALL_MINIWOB_TASKS
@@ -181,7 +185,8 @@ class Browser:
         _DRIVER.check_thread()
         for last in (False, True):
             try:
-                return self._reset(seed)
+                with _quick_stacks():
+                    return self._reset(seed)
             except RuntimeError:
                 raise
             except Exception as error:  # Playwright's own errors, and a bare Exception where its driver died
@@ -235,13 +240,14 @@ class Browser:
         _DRIVER.check_thread()
         env = self.env
         try:
-            if not self.alive:
-                raise PlaywrightError("it does not run any more")
-            info, _, _ = env.pre_step()
-            env.last_action = str(call)
-            env.last_action_error = self._call(call)
-            self._settle()
-            observation, reward, terminated, _, _ = env.post_step(info)
+            with _quick_stacks():
+                if not self.alive:
+                    raise PlaywrightError("it does not run any more")
+                info, _, _ = env.pre_step()
+                env.last_action = str(call)
+                env.last_action_error = self._call(call)
+                self._settle()
+                observation, reward, terminated, _, _ = env.post_step(info)
         except Exception as error:  # as in `reset`
             self.close()
             raise BrowserCrashedError(
@@ -315,6 +321,29 @@ def _in_place_of(module: Any, **parts: Any) -> Iterator[None]:
     finally:
         for name, part in saved.items():
             setattr(module, name, part)
+
+
+@contextlib.contextmanager
+def _quick_stacks() -> Iterator[None]:
+    """Around calls of Playwright, which notes the stack at each, twice, by `inspect.stack()`.
+
+    That looks into every source file and every module, and takes longer than the browser where torch is imported;
+    here the notes hold the same but lines of source.
+    """
+    quick = SimpleNamespace(stack=_stack, FrameInfo=inspect.FrameInfo)
+    with _in_place_of(playwright._impl._sync_base, inspect=quick):
+        with _in_place_of(playwright._impl._connection, inspect=quick):
+            yield
+
+
+def _stack() -> list[inspect.FrameInfo]:
+    frames = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return frames
 
 
 class _Patient:
