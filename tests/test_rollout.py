@@ -566,8 +566,8 @@ def test_exploring():
             return [Response(word, [-0.1]) for word in ("+", "fly", "- ", "")]
 
     def explore(epsilon, seed):
-        requests = [Request(None, [], [], np.random.default_rng((seed, k))) for k in range(4)]
-        return ExploringPolicy(Says(), PlainFormat(), ("-", "+"), epsilon).act(requests)
+        requests = [Request(None, [], [], np.random.default_rng((seed, k)), ("-", "+")) for k in range(4)]
+        return ExploringPolicy(Says(), PlainFormat(), epsilon).act(requests)
 
     rounds = [explore(0.0, seed) for seed in range(40)]
     assert all((r[0], r[2]) == (Response("+", [-0.1]), Response("- ", [-0.1])) for r in rounds)
@@ -579,3 +579,29 @@ def test_exploring():
     assert 25 < sum(r.text == "-" for r in explored) < 75
     assert explore(0.25, 3) == explore(0.25, 3)
     assert all(r.behavior_logprobs is None for r in explore(1.0, 0))
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_exploring_where_the_legal_actions_change(workers):
+    """The random action is one of the present turn's, in ALFWorld the admissible commands."""
+
+    class Mute:
+        def act(self, requests):
+            return [Response("") for _ in requests]
+
+    def play(policy):
+        return play_episodes("vlmq_trl/ALFWorld-Pick-v0", policy, episodes=2, max_turns=8, num_envs=2, workers=workers)
+
+    explored = list(play(ExploringPolicy(Mute(), JSONFormat(), 0.5)))
+    turns = [turn for episode in explored for turn in episode.turns]
+    assert len(turns) == 16 and all(turn.valid for turn in turns)
+    assert len({turn.action for turn in turns}) > 4
+
+
+def test_nothing_is_explored_where_no_action_is_listed():
+    class Says:
+        def act(self, requests):
+            return [Response("fly") for _ in requests]
+
+    request = Request(None, [], [], np.random.default_rng(0))
+    assert ExploringPolicy(Says(), PlainFormat(), 1.0).act([request]) == [Response("fly")]

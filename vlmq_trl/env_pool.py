@@ -64,6 +64,7 @@ class Outcome:
 
     observation: Mapping[str, Any]  # its image is a copy: environments may draw every picture into the same buffer
     task: str  # the task text, which may change from episode to episode
+    legal_actions: tuple[str, ...] = ()  # that the environment lists now; () where it lists none
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
@@ -129,7 +130,8 @@ def _outcome(env: gymnasium.Env, observation: Any, **rest: Any) -> Outcome:
     if text is not None and not isinstance(text, str):
         raise _Misfit("observation", f"gave {type(text).__name__} as the text of its observation")
     task = str(env.get_wrapper_attr("task")) if env.has_wrapper_attr("task") else ""
-    return Outcome(observation, task, **rest)
+    legal = env.get_wrapper_attr("legal_actions") if env.has_wrapper_attr("legal_actions") else None
+    return Outcome(observation, task, tuple(legal or ()), **rest)
 
 
 def _reset(env: gymnasium.Env, seed: int) -> Outcome:

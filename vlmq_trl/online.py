@@ -13,7 +13,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,6 @@ class OnlineData:
         model: what plays; anything with `generate`.
         processing_class: its processor or tokenizer.
         policy: plays in the model's place (a remote endpoint, another model).
-        legal_actions: of the environment, for `rollout_epsilon`.
         report: called after each round with what it measured.
         progress: show a bar over a round's turns.
     """
@@ -116,13 +115,12 @@ class OnlineData:
         processing_class: Any,
         *,
         policy: Policy | None = None,
-        legal_actions: Sequence[str] = (),
         report: Callable[[dict[str, float]], None],
         progress: bool = False,
     ):
         self.args, self.buffer, self.rollouts, self.model = args, buffer, rollouts, model
         self.processing_class, self.policy, self.report, self.progress = processing_class, policy, report, progress
-        self.legal_actions, self.schedule = legal_actions, Schedule.from_config(args)
+        self.schedule = Schedule.from_config(args)
         self.round = 0  # of which the learner has the data
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
         self.run = fingerprint(args, rollouts, buffer)
@@ -244,7 +242,7 @@ class OnlineData:
     def _exploring(self, policy: Policy) -> Policy:
         if not self.args.rollout_epsilon:
             return policy
-        return ExploringPolicy(policy, self.rollouts.agent_format, self.legal_actions, self.args.rollout_epsilon)
+        return ExploringPolicy(policy, self.rollouts.agent_format, self.args.rollout_epsilon)
 
     # ---- a batch ----
 

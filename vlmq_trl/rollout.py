@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -45,6 +45,7 @@ class Request:
     prompt: list[dict[str, Any]]
     images: list[np.ndarray]  # uint8 [H, W, 3], in the order of the prompt's image parts
     rng: np.random.Generator  # the episode's own generator, the same object in each of its turns
+    legal_actions: tuple[str, ...] = ()  # in canonical spelling, as the environment lists them now; () if it does not
 
 
 @dataclass(frozen=True)
@@ -90,25 +91,22 @@ class ExploringPolicy:
     Args:
         policy: whose answers.
         agent_format: reads their actions and replaces them.
-        legal_actions: of the environment, in canonical spelling.
         epsilon: in [0, 1].
     """
 
-    def __init__(self, policy: Policy, agent_format: AgentFormat, legal_actions: Sequence[str], epsilon: float):
-        self.policy, self.agent_format = policy, agent_format
-        self.legal_actions, self.epsilon = tuple(legal_actions), epsilon
-        self._known = {action.casefold() for action in self.legal_actions}
+    def __init__(self, policy: Policy, agent_format: AgentFormat, epsilon: float):
+        self.policy, self.agent_format, self.epsilon = policy, agent_format, epsilon
 
     def act(self, requests: list[Request]) -> list[Response]:
         responses = self.policy.act(requests)
         return [self._explored(request, response) for request, response in zip(requests, responses, strict=True)]
 
     def _explored(self, request: Request, response: Response) -> Response:
-        parsed = self.agent_format.parse(response.text)
-        legal = parsed.valid and parsed.action.casefold() in self._known
-        if request.rng.random() >= self.epsilon and legal:
+        parsed, legal = self.agent_format.parse(response.text), request.legal_actions
+        known = parsed.valid and parsed.action.casefold() in (action.casefold() for action in legal)
+        if not legal or (request.rng.random() >= self.epsilon and known):
             return response
-        action = self.legal_actions[int(request.rng.integers(len(self.legal_actions)))]
+        action = legal[int(request.rng.integers(len(legal)))]
         return Response(self.agent_format.replace_action(response.text, action))
 
 
@@ -121,6 +119,7 @@ class _Running:
     observation: Mapping[str, Any]
     prompt: list[dict[str, Any]]
     images: list[np.ndarray]
+    legal_actions: tuple[str, ...]
     history: deque[Exchange]
     turns: list[Turn] = field(default_factory=list)
 
@@ -259,7 +258,10 @@ class Rollouts:
             self._start(numbers)
             while self._running:
                 running = sorted(self._running.items())
-                requests = [Request(self._pool.env(k), one.prompt, one.images, one.rng) for k, one in running]
+                requests = [
+                    Request(self._pool.env(k), one.prompt, one.images, one.rng, one.legal_actions)
+                    for k, one in running
+                ]
                 responses = policy.act(requests)
                 if len(responses) != len(requests):
                     raise ValueError(f"The policy gave {len(responses)} responses to {len(requests)} requests.")
@@ -288,7 +290,9 @@ class Rollouts:
                     prompt, images = self.agent_format.build_prompt(answer.task, answer.observation, ())
                     rng = np.random.default_rng((self._seed + begun[k], 1))
                     history: deque[Exchange] = deque(maxlen=self.agent_format.history)
-                    self._running[k] = _Running(begun[k], rng, answer.observation, prompt, images, history)
+                    self._running[k] = _Running(
+                        begun[k], rng, answer.observation, prompt, images, answer.legal_actions, history
+                    )
 
     def _turn(self, responses: dict[int, Response]) -> Iterator[Episode]:
         """Plays one turn in every environment; yields the episodes that it ends."""
@@ -325,7 +329,7 @@ class Rollouts:
         """Adds a turn to its episode in place; the episode if it has ended."""
         one.turns.append(turn)
         one.history.append(Exchange(one.observation, turn.completion))
-        one.observation = answer.observation
+        one.observation, one.legal_actions = answer.observation, answer.legal_actions
         terminated, truncated = answer.terminated, answer.truncated
         if self._max_turns is not None and len(one.turns) >= self._max_turns and not terminated:
             truncated = True

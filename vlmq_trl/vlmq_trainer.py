@@ -158,7 +158,6 @@ class VLMQTrainer(SFTTrainer):
             )
         self.env, self.rollout_policy = env, rollout_policy
         self._online: OnlineData | None = None
-        self._legal_actions: tuple[str, ...] = ()
         eval_env = env if eval_env is None else eval_env
         self._index = None if train_dataset is None else validate_trajectories(train_dataset)
         first_look = None if env is None else self._check_online(args, train_dataset, agent_format)
@@ -349,8 +348,8 @@ class VLMQTrainer(SFTTrainer):
             )
         if self.rollout_policy is not None and hasattr(self.rollout_policy, "check"):
             self.rollout_policy.check()
-        first_look, self._legal_actions = _first_look(self.env, agent_format, args.rollout_seed)
-        if args.rollout_epsilon and not self._legal_actions:
+        first_look, lists_actions = _first_look(self.env, agent_format, args.rollout_seed)
+        if args.rollout_epsilon and not lists_actions:
             raise ValueError(
                 f"`rollout_epsilon={args.rollout_epsilon}` needs to know what can be done: give the environment an "
                 "attribute `legal_actions`, a sequence of strings."
@@ -396,7 +395,6 @@ class VLMQTrainer(SFTTrainer):
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             policy=self.rollout_policy,
-            legal_actions=self._legal_actions,
             report=self.log,
             progress=not args.disable_tqdm,
         )
@@ -867,9 +865,9 @@ class _DrawnOnline(IterableDataset):
         return itertools.repeat({})
 
 
-def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[Dataset, tuple[str, ...]]:
-    """One turn of the environment as the agent sees it, with an empty response; and its legal actions, if it has any
-    to list."""
+def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[Dataset, bool]:
+    """One turn of the environment as the agent sees it, with an empty response; and whether it lists its legal
+    actions."""
     made = make_env(env)
     try:
         fmt = agent_format if agent_format is not None else default_format(made)
@@ -879,7 +877,7 @@ def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[
     finally:
         made.close()
     turn = Turn(prompt, images, "", 0.0)
-    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), tuple(legal or ())
+    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), bool(legal)
 
 
 def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
