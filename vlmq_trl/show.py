@@ -102,13 +102,13 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """The command; what it cannot do ends it with a line."""
     parser = argparse.ArgumentParser(
         prog="python -m vlmq_trl.show", description="Play episodes, and write them as GIF, HTML page and JSON lines."
     )
     parser.add_argument("env_id", help="a Gymnasium id; `python -m vlmq_trl.envs` lists this package's")
     player = parser.add_mutually_exclusive_group()
-    player.add_argument("--policy", default="expert", help="expert, random, flawed:0.3, ... (default: expert)")
+    player.add_argument("--policy", help="expert, random, flawed:0.3, ... (default: expert)")
     player.add_argument("--model", help="a saved model or adapter, or a Hub repository, instead of a script")
     parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -121,10 +121,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help="of the environment"
     )
     chosen = parser.parse_args(arguments)
-    policy: Any = chosen.policy
+    try:
+        played = _show(chosen)
+    except (ValueError, TypeError, ImportError, OSError, gymnasium.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    for episode in played:
+        how = "terminated" if episode.terminated else "truncated"
+        print(f"{episode.episode_id}: return {episode.return_:+.4g}, {len(episode.turns)} turns, {how}")
+        for k, turn in enumerate(episode.turns):
+            print(f"  {k:>3}  {turn.action or '-'}{'' if turn.valid else '  (invalid)'}  {turn.reward:+.4g}")
+    print(f"Pictures, pages and turns: {Path(chosen.output).resolve()}{os.sep}")
+
+
+def _show(chosen: argparse.Namespace) -> list[Episode]:
+    """What the command line asks for."""
+    policy: Any = chosen.policy or "expert"
     if chosen.model is not None:
         policy = load_policy(chosen.model, chosen.temperature, chosen.max_completion_length)
-    played = show_episodes(
+    return show_episodes(
         chosen.env_id,
         policy,
         chosen.output,
@@ -134,16 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         env_kwargs=dict(chosen.option),
         max_turns=chosen.max_turns,
     )
-    for episode in played:
-        how = "terminated" if episode.terminated else "truncated"
-        print(f"{episode.episode_id}: return {episode.return_:+.4g}, {len(episode.turns)} turns, {how}")
-        for k, turn in enumerate(episode.turns):
-            print(f"  {k:>3}  {turn.action or '-'}{'' if turn.valid else '  (invalid)'}  {turn.reward:+.4g}")
-    print(f"Pictures, pages and turns: {Path(chosen.output).resolve()}{os.sep}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, ImportError, gymnasium.error.Error) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    main()
