@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -588,11 +589,14 @@ def test_a_killed_browser_is_said_and_replaced(play):
 
 def test_a_killed_driver_is_replaced(play):
     env = play("click-test-2")
+    folders = set(Path(tempfile.gettempdir()).glob("*vlmq_trl_browser_*"))
     (driver,) = [one for one in browsers() if one.name() == "node"]
     driver.send_signal(signal.SIGKILL)
     time.sleep(0.5)  # a driver that dies within a call takes the call along
     with pytest.raises(RuntimeError, match="it does not run any more"):
         env.step("click('13')")
+    left = folders & set(Path(tempfile.gettempdir()).glob("*vlmq_trl_browser_*"))
+    assert folders and not any(any(folder.rglob("Default")) for folder in left)
     env.reset(seed=0)
     assert env.step(env.script.expert())[1:3] == (1.0, True)
 
@@ -660,7 +664,7 @@ env.close()
     assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")
 
 
-def test_chromium_dies_with_its_process():
+def test_chromium_dies_with_its_process(tmp_path):
     code = """
 import time
 from vlmq_trl.envs.miniwob.env import MiniWoB
@@ -670,7 +674,13 @@ print("ready", flush=True)
 time.sleep(600)
 """
     before = browsers()
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             below = [one for one in browsers() if one not in before]

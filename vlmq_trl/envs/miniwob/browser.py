@@ -19,6 +19,7 @@ import inspect
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ class _Driver:
         self.users = 0
         self.starts = 0
         self._thread = 0  # in which it was started here; 0 for not
+        self._folder: tempfile.TemporaryDirectory | None = None
 
     def check_thread(self) -> None:
         """Raises RuntimeError if another thread has it: Playwright would hang, or break in both."""
@@ -95,8 +97,11 @@ class _Driver:
         """
         if not self.alive:
             self.stop()
+            # Chromium's profiles: a driver that ends soon after a killed browser leaves them behind.
+            self._folder = tempfile.TemporaryDirectory(prefix="vlmq_trl_browser_", ignore_cleanup_errors=True)
             try:
-                browsergym.core._get_global_playwright()
+                with _temporary_files_in(self._folder.name):
+                    browsergym.core._get_global_playwright()
             except PlaywrightError as error:
                 raise RuntimeError(
                     "MiniWoB cannot start a browser inside a running event loop (a notebook, for example); play it in "
@@ -124,6 +129,22 @@ class _Driver:
             browsergym.core._set_global_playwright(None)
             with contextlib.suppress(Exception):  # it is dead
                 playwright.stop()
+            if self._folder is not None:
+                self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Processes that start meanwhile put their temporary files there."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 _DRIVER = _Driver()
