@@ -4,6 +4,7 @@
 import contextlib
 import http.server
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -589,13 +590,13 @@ def test_a_killed_browser_is_said_and_replaced(play):
 
 def test_a_killed_driver_is_replaced(play):
     env = play("click-test-2")
-    folders = set(Path(tempfile.gettempdir()).glob("*vlmq_trl_browser_*"))
+    folders = set(Path(tempfile.gettempdir()).glob("vlmq_????????"))
     (driver,) = [one for one in browsers() if one.name() == "node"]
     driver.send_signal(signal.SIGKILL)
     time.sleep(0.5)  # a driver that dies within a call takes the call along
     with pytest.raises(RuntimeError, match="it does not run any more"):
         env.step("click('13')")
-    left = folders & set(Path(tempfile.gettempdir()).glob("*vlmq_trl_browser_*"))
+    left = folders & set(Path(tempfile.gettempdir()).glob("vlmq_????????"))
     assert folders and not any(any(folder.rglob("Default")) for folder in left)
     env.reset(seed=0)
     assert env.step(env.script.expert())[1:3] == (1.0, True)
@@ -664,7 +665,7 @@ env.close()
     assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")
 
 
-def test_chromium_dies_with_its_process(tmp_path):
+def test_chromium_dies_with_its_process():
     code = """
 import time
 from vlmq_trl.envs.miniwob.env import MiniWoB
@@ -674,12 +675,13 @@ print("ready", flush=True)
 time.sleep(600)
 """
     before = browsers()
+    folder = tempfile.mkdtemp()  # `tmp_path` is too long for Chromium's socket
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": folder},
     ) as process:
         try:
             assert process.stdout.readline() == "ready\n"
@@ -689,6 +691,7 @@ time.sleep(600)
             process.kill()
         _, alive = psutil.wait_procs(below, timeout=10)
         assert alive == []
+    shutil.rmtree(folder)
 
 
 # Slow: all scripts, all tasks, and many crashes.

@@ -97,8 +97,9 @@ class _Driver:
         """
         if not self.alive:
             self.stop()
-            # Chromium's profiles: a driver that ends soon after a killed browser leaves them behind.
-            self._folder = tempfile.TemporaryDirectory(prefix="vlmq_trl_browser_", ignore_cleanup_errors=True)
+            # For Chromium's profiles, which a driver that ends soon after a killed browser leaves behind. The name is
+            # short, since sockets lie in it.
+            self._folder = tempfile.TemporaryDirectory(prefix="vlmq_", ignore_cleanup_errors=True)
             try:
                 with _temporary_files_in(self._folder.name):
                     browsergym.core._get_global_playwright()
