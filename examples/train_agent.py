@@ -25,7 +25,6 @@ With `--online`, VLMQ collects play of its own after `offline_steps` updates, as
 Interrupted? The same command goes on where it was, from the newest checkpoint.
 """
 
-import ast
 import copy
 import gc
 import json
@@ -82,6 +81,7 @@ from vlmq_trl.callbacks import newest_checkpoint
 from vlmq_trl.env_pool import EnvSpec, make_env
 from vlmq_trl.envs import DOMAINS
 from vlmq_trl.modeling import load_pretrained
+from vlmq_trl.show import env_option
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -195,7 +195,7 @@ class AgentArguments:
             )
         self.env_id = self.env_id or f"vlmq_trl/{self.game or 'NumberLine'}-v0"
         self.env_options = [self.env_options] if isinstance(self.env_options, str) else list(self.env_options)
-        self.env_kwargs = dict(map(option, self.env_options))
+        self.env_kwargs = dict(map(env_option, self.env_options))
         self.method = [self.method] if isinstance(self.method, str) else list(self.method)
         for method in self.method:
             if method not in METHODS:
@@ -234,17 +234,6 @@ class AgentArguments:
     @property
     def with_data(self) -> bool:
         return self.dataset_path is not None or self.episodes > 0
-
-
-def option(text: str) -> tuple[str, Any]:
-    """`key=value`; a value that is a Python literal counts as one, else it is a string."""
-    key, separator, value = text.partition("=")
-    if not (key and separator):
-        raise ValueError(f"`env_options` has {text!r}; each is of the form key=value.")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig, ModelConfig]:

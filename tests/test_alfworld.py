@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import textworld
 
 from vlmq_trl import collect_demonstrations, play_episodes
 from vlmq_trl.agent_format import PlainFormat
@@ -23,9 +24,6 @@ from vlmq_trl.envs.alfworld.games import data_folder, find_games
 from vlmq_trl.envs.alfworld.memory import by_number
 from vlmq_trl.envs.alfworld.planner import plan
 from vlmq_trl.rollout import Response
-
-textworld = pytest.importorskip("textworld")
-pytest.importorskip("alfworld")
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,18 +14,15 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from minigrid.core.constants import DIR_TO_VEC, IDX_TO_COLOR, IDX_TO_OBJECT
+from minigrid.core.world_object import Ball, Box, Door, Key, Wall
+from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper
 
 from vlmq_trl import play_episodes
 from vlmq_trl.envs import DOMAINS, make_demonstrator
 from vlmq_trl.envs.babyai import DOMAIN, LEVELS, BabyAI
 from vlmq_trl.envs.babyai.game import ACTIONS, NOT_AN_ACTION
 from vlmq_trl.rollout import Response
-
-minigrid = pytest.importorskip("minigrid")
-
-from minigrid.core.constants import DIR_TO_VEC, IDX_TO_COLOR, IDX_TO_OBJECT  # noqa: E402
-from minigrid.core.world_object import Ball, Box, Door, Key, Wall  # noqa: E402
-from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 WORDS = list(ACTIONS[:6])

@@ -348,7 +348,7 @@ def test_defaults_depend_on_the_model(model_name):
         (["--game", "Chess"], "--game: invalid choice: 'Chess'"),
         (["--game", "EZPoints", "--env_id", "vlmq_trl/Blackjack-v0"], "`game` EZPoints is short for an `env_id`"),
         (["--env_id", "vlmq_trl/Chess-v0"], "no demonstrator for 'vlmq_trl/Chess-v0', which is not registered"),
-        (["--env_options", "max_turns"], "`env_options` has 'max_turns'; each is of the form key=value"),
+        (["--env_options", "max_turns"], "an option of the environment is of the form key=value, not 'max_turns'"),
         (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
         (["--method", "sft", "sft"], "name one or several different methods"),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),

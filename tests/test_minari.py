@@ -13,9 +13,11 @@ from pathlib import Path
 
 import datasets
 import gymnasium
+import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
@@ -38,9 +40,6 @@ from vlmq_trl import (
     trajectories_to_minari,
     validate_trajectories,
 )
-
-minari = pytest.importorskip("minari")
-from minari.data_collector import EpisodeBuffer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -371,8 +370,6 @@ WORDS = {0: "left", 1: "right", 2: "up"}
 
 @pytest.mark.parametrize("data_format", ["arrow", "parquet", "hdf5"])
 def test_pictures_and_discrete_actions(data_format):
-    if data_format == "hdf5":
-        pytest.importorskip("h5py")
     made = foreign(RGB, FRAMES, data_format=data_format)
     fmt = JSONFormat(history=1)
     ds = trajectories_from_minari(made, task="Reach the goal.", words=WORDS, agent_format=fmt, env_id="Their/Env-v0")

@@ -25,8 +25,6 @@ from vlmq_trl import JSONFormat, dataset_from_episodes, play_episodes, validate_
 from vlmq_trl.envs.openenv import OpenEnvAdapter, OpenEnvError, decode_picture
 from vlmq_trl.rollout import EnvFailureError, Response
 
-pytest.importorskip("openenv")
-
 ROOT = Path(__file__).parents[1]
 
 

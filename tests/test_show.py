@@ -115,8 +115,9 @@ def test_a_policy_on_a_function(tmp_path):
     [
         (["vlmq_trl/Chess-v0"], "not registered"),
         (["vlmq_trl/EZPoints-v0", "--policy", "epert"], "'epert' is not known"),
-        (["vlmq_trl/EZPoints-v0", "--option", "x"], "'x' is not of the form key=value"),
+        (["vlmq_trl/EZPoints-v0", "--option", "x"], "of the form key=value, not 'x'"),
         (["vlmq_trl/EZPoints-v0", "--option", "no_such=1"], "no_such"),
+        (["vlmq_trl/MiniWoB-bisect-angle-v0"], "no script plays bisect-angle, only random play"),
         (["vlmq_trl/EZPoints-v0", "--episodes", "0"], "episodes must be at least 1"),
         (["vlmq_trl/EZPoints-v0", "--policy", "expert", "--model", "m"], "not allowed with"),
     ],

@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import ale_py
 import gymnasium
+import minigrid
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -20,11 +22,8 @@ from vlmq_trl.agent_format import JSONFormat
 from vlmq_trl.envs import Decision, VLMAgentWrapper
 from vlmq_trl.rollout import DemonstratorPolicy, Response
 
-pytest.importorskip("pygame")  # Gymnasium's toy-text games draw with it
-ale_py = pytest.importorskip("ale_py")
-pytest.importorskip("minigrid")
-
 gymnasium.register_envs(ale_py)
+gymnasium.register_envs(minigrid)
 
 LAKE_WORDS = {"left": 0, "down": 1, "right": 2, "up": 3}
 TAXI_WORDS = {"south": 0, "north": 1, "east": 2, "west": 3, "pick up": 4, "drop off": 5}

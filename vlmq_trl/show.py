@@ -4,7 +4,7 @@
     python -m vlmq_trl.show vlmq_trl/NumberLine-v0 --policy flawed:0.3
     python -m vlmq_trl.show vlmq_trl/Blackjack-v0 --model runs/my_agent --temperature 1 --episodes 3
 
-Contents: `show_episodes`.
+Contents: `show_episodes`, `env_option`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import gymnasium
 import torch
 
 from vlmq_trl.agent_format import AgentFormat, default_format, make_format
-from vlmq_trl.env_pool import EnvSpec, make_env
+from vlmq_trl.env_pool import EnvFailureError, EnvSpec, make_env
 from vlmq_trl.envs import make_demonstrator
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.recorder import EpisodeRecorder
 from vlmq_trl.rollout import DemonstratorPolicy, Policy, play_episodes
 from vlmq_trl.trajectory import Episode
+
+# What a command line may ask in vain: a bad value, a missing package or file, a script that does not exist, ...
+EXPECTED = (ValueError, TypeError, ImportError, OSError, NotImplementedError, EnvFailureError)
 
 
 def show_episodes(
@@ -90,11 +93,15 @@ def load_policy(name: str, temperature: float, max_completion_length: int) -> Mo
     return ModelPolicy(model, processor, temperature=temperature, max_completion_length=max_completion_length)
 
 
-def _option(text: str) -> tuple[str, Any]:
-    """`key=value` of the command line; a value that is a Python literal counts as one, else it is a string."""
+def env_option(text: str) -> tuple[str, Any]:
+    """`key=value`, an environment's argument; a value that is a Python literal counts as one, else it is a string.
+
+    Raises:
+        ValueError: it has another form.
+    """
     key, separator, value = text.partition("=")
     if not (key and separator):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+        raise ValueError(f"an option of the environment is of the form key=value, not {text!r}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -117,13 +124,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="of a model; 0 is greedy")
     parser.add_argument("--max_completion_length", type=int, default=256, help="of a model, in tokens")
     parser.add_argument("--max_turns", type=int)
-    parser.add_argument(
-        "--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help="of the environment"
-    )
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the environment")
     chosen = parser.parse_args(arguments)
     try:
         played = _show(chosen)
-    except (ValueError, TypeError, ImportError, OSError, gymnasium.error.Error) as error:
+    except (*EXPECTED, gymnasium.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     for episode in played:
         how = "terminated" if episode.terminated else "truncated"
@@ -145,7 +150,7 @@ def _show(chosen: argparse.Namespace) -> list[Episode]:
         episodes=chosen.episodes,
         seed=chosen.seed,
         agent_format=make_format(chosen.agent_format) if chosen.agent_format else None,
-        env_kwargs=dict(chosen.option),
+        env_kwargs=dict(map(env_option, chosen.option)),
         max_turns=chosen.max_turns,
     )
 
