@@ -35,7 +35,8 @@ def home(monkeypatch, tmp_path_factory):
     """A home without a data set."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.setenv("ALFWORLD_DATA", "unset")  # so that what `import alfworld` sets is taken back at the end
+    monkeypatch.delenv("ALFWORLD_DATA")
     return home
 
 
