@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +132,16 @@ class _Driver:
             with contextlib.suppress(Exception):  # it is dead
                 playwright.stop()
             if self._folder is not None:
-                self._folder.cleanup()
+                self._clean(self._folder)
+
+    @staticmethod
+    def _clean(folder: tempfile.TemporaryDirectory) -> None:
+        """Deletes the profiles. A Chromium that lost its driver ends by itself, and writes until then."""
+        for _ in range(50):
+            folder.cleanup()
+            if not os.path.exists(folder.name):
+                return
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
