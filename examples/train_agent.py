@@ -125,6 +125,13 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "max_steps": 600,
     "max_completion_length": 96,
 }
+# For environments of which each is a browser, say.
+HEAVY_DEFAULTS: dict[str, Any] = {
+    "collection_num_envs": 4,
+    "rollout_num_envs": 4,
+    "eval_num_envs": 4,
+    "rollout_workers": True,
+}
 
 
 @dataclass
@@ -160,7 +167,7 @@ class AgentArguments:
     )
     online: bool = field(default=False, metadata={"help": "Let vlmq collect play of its own and learn from it."})
     collection_num_envs: int = field(
-        default=16, metadata={"help": "Environments that are played at once for that; few, where each is a browser."}
+        default=16, metadata={"help": "Environments that are played at once for that; 4 where each is a browser."}
     )
     collection_seed: int = field(default=0, metadata={"help": "Seed of the first collected episode."})
     dataset_path: str | None = field(
@@ -225,11 +232,15 @@ class AgentArguments:
         return partial(gymnasium.make, self.env_id, **self.env_kwargs) if self.env_kwargs else self.env_id
 
     @property
+    def registered_id(self) -> str:
+        """Its id without the module that registers it."""
+        assert self.env_id is not None
+        return self.env_id.rpartition(":")[2]
+
+    @property
     def reading_lessons(self) -> str:
         """The environment's name among the embedded model's lessons: a game of Gym Cards, or an id."""
-        assert self.env_id is not None
-        env_id = self.env_id.rpartition(":")[2]
-        return next((game for game in GAMES if env_id == f"vlmq_trl/{game}-v0"), env_id)
+        return next((game for game in GAMES if self.registered_id == f"vlmq_trl/{game}-v0"), self.registered_id)
 
     @property
     def with_data(self) -> bool:
@@ -257,10 +268,15 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
             parser.error(str(error))
 
     script, args, model_config = once(defaults)
+    special: dict[str, Any] = {}
+    if any(domain.heavy and script.registered_id in domain.envs for domain in DOMAINS):
+        special |= HEAVY_DEFAULTS
     if model_config.model_name_or_path is None:
         # A budget of turns says itself how many updates there are.
         budget = {"max_steps": -1} if script.online and args.max_env_turns is not None else {}
-        script, args, model_config = once({**defaults, **EMBEDDED_DEFAULTS, **budget})
+        special |= EMBEDDED_DEFAULTS | budget
+    if special:
+        script, args, model_config = once({**defaults, **special})
     args.eval_strategy = "no"  # the callback evaluates, for every method alike
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
@@ -527,6 +543,8 @@ def train(
         agent_format=agent_format,
         keep_best=not sharded,
         stop_at_success=args.stop_at_success,
+        workers=args.rollout_workers,
+        env_timeout=args.env_timeout,
     )
     if method == "filtered_bc":
         dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
@@ -636,6 +654,8 @@ def test_model(
             num_envs=args.eval_num_envs,
             max_completion_length=args.max_completion_length,
             agent_format=agent_format,
+            workers=args.rollout_workers,
+            env_timeout=args.env_timeout,
         )
         played["successes"] = round(played["success_rate"] * episodes)
         played["seconds"] = time.perf_counter() - start

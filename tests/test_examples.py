@@ -342,6 +342,17 @@ def test_defaults_depend_on_the_model(model_name):
     assert chosen.learning_rate == 3e-4
 
 
+def test_few_browsers_at_once(model_name):
+    env = ["--env_id", "vlmq_trl/MiniWoB-click-test-v0"]
+    for model in ([], ["--model_name_or_path", model_name]):
+        script, args, _ = train_agent.parse([*env, *model])
+        counts = (script.collection_num_envs, args.eval_num_envs, args.rollout_num_envs)
+        assert counts == (4, 4, 4) and args.rollout_workers
+    script, args, _ = train_agent.parse([*env, "--eval_num_envs", "2", "--rollout_workers", "false"])
+    assert args.eval_num_envs == 2 and not args.rollout_workers
+    assert train_agent.parse([])[1].eval_num_envs == 64
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

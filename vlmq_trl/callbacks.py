@@ -41,7 +41,7 @@ class EnvEvaluationCallback(TrainerCallback):
     ```
 
     Args:
-        env, agent_format: as `rollout.play_episodes`.
+        env, agent_format, workers, env_timeout: as `rollout.play_episodes`.
         eval_steps: optimiser steps from one evaluation to the next.
         episodes: played in each evaluation, the same ones every time.
         seed: of the first episode; keep it away from the training data's and from the final test's.
@@ -83,6 +83,8 @@ class EnvEvaluationCallback(TrainerCallback):
         keep_best: bool = True,
         stop_at_success: float | None = None,
         progress: bool = False,
+        workers: bool = False,
+        env_timeout: float | None = None,
     ):
         for name, value in (("eval_steps", eval_steps), ("episodes", episodes), ("num_envs", num_envs)):
             if value < 1:
@@ -100,6 +102,8 @@ class EnvEvaluationCallback(TrainerCallback):
             "max_completion_length": max_completion_length,
             "agent_format": agent_format,
             "progress": progress,
+            "workers": workers,
+            "env_timeout": env_timeout,
         }
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None

@@ -37,6 +37,8 @@ class Domain:
         extra: the package's extra that installs what it needs; None for nothing.
         modules: what has to be importable.
         also_missing: says what else this machine lacks (a browser, data) and how to get it; "" for nothing.
+        heavy: whether each environment runs programs of its own that take hundreds of MB: play few at once, each in a
+            process of its own.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Domain:
     extra: str | None = None
     modules: tuple[str, ...] = ()
     also_missing: Callable[[], str] = _nothing
+    heavy: bool = False
 
     def missing(self) -> str:
         """What this machine lacks to run it, and how to get it; "" for nothing."""

@@ -80,6 +80,7 @@ DOMAIN = Domain(
     extra="miniwob",
     modules=("browsergym.miniwob", "miniwob", "playwright"),
     also_missing=_also_missing,
+    heavy=True,
 )
 
 __all__ = ["DOMAIN", "TASKS", "find_chromium"]
