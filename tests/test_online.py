@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from tests import tiny_models
 from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
+from vlmq_trl import losses
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.online import Schedule, changing, copy_of_policy, online_fraction
@@ -426,15 +427,15 @@ def test_processes_that_die_or_hang_do_not_stop_training(fault, timeout, tmp_pat
     assert caplog.text.count(f"the episode is dropped ({kind})") == 2
 
 
-def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path):
+def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
-    compute_loss = trainer.compute_loss
+    policy_loss = losses.policy_loss
 
     def broken(*args, **kwargs):
-        loss = compute_loss(*args, **kwargs)
+        loss = policy_loss(*args, **kwargs)
         return loss * float("nan") if trainer.state.global_step == 3 else loss
 
-    trainer.compute_loss = broken
+    monkeypatch.setattr(losses, "policy_loss", broken)
     with pytest.raises(FloatingPointError, match="The loss of update 3 is nan"):
         trainer.train()
     saved = make_trainer(tmp_path, max_steps=3)

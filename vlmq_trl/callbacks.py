@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
@@ -23,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .agent_format import AgentFormat, check_format
 from .policy import evaluate_model
 from .rollout import EnvSpec
+from .sharding import gathered, is_sharded
 
 RECORDS_NAME = "env_evaluation.json"
 BEST_NAME = "env_best.safetensors"
@@ -62,12 +65,12 @@ class EnvEvaluationCallback(TrainerCallback):
         best: the best record, None before the first evaluation.
 
     The records also go to the trainer's `state.log_history` (`env_success_rate`, ...) and, if the trainer reports to
-    TensorBoard, there. Every process of a distributed run plays the same episodes. Checkpoints hold the records and
-    the best weights (`env_evaluation.json`, `env_best.safetensors`); a run that resumes from one in its `output_dir`
-    goes on with them.
+    TensorBoard, there. The processes of a distributed run share the episodes. Checkpoints hold the records and the
+    best weights (`env_evaluation.json`, `env_best.safetensors`); a run that resumes from one in its `output_dir` goes
+    on with them.
 
     Raises:
-        ValueError: a number below 1; or, when training begins, `keep_best` with weights that ZeRO-3 or FSDP sharded.
+        ValueError: a number below 1; or, when training begins, `keep_best` with weights that FSDP sharded.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class EnvEvaluationCallback(TrainerCallback):
             "progress": progress,
             "workers": workers,
             "env_timeout": env_timeout,
+            "distributed": True,
         }
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
@@ -118,15 +122,19 @@ class EnvEvaluationCallback(TrainerCallback):
             RuntimeError: nothing was kept.
             ValueError: the model has other trainable parameters than the one that was trained.
         """
-        if self.best is None or not self._best_weights:
+        if self.best is None or not self.keep_best:
             raise RuntimeError("There are no best weights: train first, with `keep_best=True`.")
         own = _trainable(model)
-        if {k: p.shape for k, p in own.items()} != {k: w.shape for k, w in self._best_weights.items()}:
-            raise ValueError(
-                f"{type(model).__name__} has other trainable parameters than the model that was trained; pass "
-                "`trainer.model`."
-            )
-        with torch.no_grad():
+        parameters = [p for p in own.values() if isinstance(p, nn.Parameter)]
+        elsewhere = is_sharded(parameters) and not PartialState().is_main_process
+        with torch.no_grad(), gathered(parameters, write=True):
+            if elsewhere:  # what rank 0 writes comes here too
+                return self.best
+            if {k: p.shape for k, p in own.items()} != {k: w.shape for k, w in self._best_weights.items()}:
+                raise ValueError(
+                    f"{type(model).__name__} has other trainable parameters than the model that was trained; pass "
+                    "`trainer.model`."
+                )
             for name, parameter in own.items():
                 parameter.copy_(self._best_weights[name])
         return self.best
@@ -143,9 +151,9 @@ class EnvEvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if self.keep_best and any(hasattr(p, "ds_id") or hasattr(p, "_local_shard") for p in model.parameters()):
+        if self.keep_best and any(isinstance(p, DTensor) or hasattr(p, "_local_shard") for p in model.parameters()):
             raise ValueError(
-                "`keep_best` copies whole parameters, but these are sharded. Set `keep_best=False` and keep "
+                "`keep_best` copies whole parameters, but FSDP has sharded these. Set `keep_best=False` and keep "
                 "checkpoints with `save_strategy` instead."
             )
         self.history, self.best, self._best_weights = [], None, {}
@@ -224,9 +232,12 @@ class EnvEvaluationCallback(TrainerCallback):
             self._writer.flush()
 
     def _keep(self, model: nn.Module) -> None:
-        """Copies the trainable parameters to CPU, into the memory of the copy before."""
-        with torch.no_grad():
-            for name, parameter in _trainable(model).items():
+        """Copies the trainable parameters to CPU, into the memory of the copy before; sharded ones on rank 0 only."""
+        own = _trainable(model)
+        parameters = [p for p in own.values() if isinstance(p, nn.Parameter)]
+        elsewhere = is_sharded(parameters) and not PartialState().is_main_process
+        with torch.no_grad(), gathered(parameters):
+            for name, parameter in () if elsewhere else own.items():
                 if name in self._best_weights:
                     self._best_weights[name].copy_(parameter)
                 else:

@@ -113,6 +113,10 @@ class VocabHeads(nn.Module):
         self.up = nn.ParameterList(nn.init.normal_(torch.empty(size), std=std) for _ in range(config.num_critics))
         self.bias = nn.Parameter(torch.zeros(config.num_critics))
 
+    def direct(self) -> list[nn.Parameter]:
+        """The weights that `taken` and `expected` read."""
+        return [*self.up, self.bias]
+
     def features(self, hidden: Tensor) -> Tensor:
         """[A, D] -> [A, N, R]."""
         return self.down(hidden).unflatten(-1, (len(self.up), -1))

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .critic import Critic, CriticConfig
+from .sharding import gathered
 
 CRITIC_WEIGHTS_NAME = "critic.safetensors"
 CRITIC_CONFIG_NAME = "critic_config.json"
@@ -204,13 +204,15 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             if self.critic.config.critic_type == "scalar":
                 self._score_scalar(output, before.float(), after.float(), bootstrap.float())
             else:
-                self._score_vocab(output, base, before, bootstrap, tokens)
+                # Read outside their modules' forward, for which ZeRO-3 would make them whole.
+                with gathered([*self.critic.online.direct(), *self.critic.target.direct()]):
+                    self._score_vocab(output, base, before, bootstrap, tokens)
         return output
 
     def _policy(self, base: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[A, D], [A] -> log-probabilities, entropies, is_top1, each [A], without an [A, V] tensor."""
         weight, bias = _head_weights(base)
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with gathered([weight, bias]):
             log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden,
                 weight,
@@ -260,7 +262,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
     def _expected_q(self, base: PreTrainedModel, hidden: Tensor, features: Tensor) -> Tensor:
         """sum_a pi(a|s) Q_target(s, a): hidden [A, D], features [A, N, R] -> [A, N], a tile of rows at a time."""
         weight, bias = _head_weights(base)
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with gathered([weight, bias]):
             rows = max(1, MAX_TILE_ELEMENTS // weight.shape[0])
             values = [
                 self.critic.target.expected(

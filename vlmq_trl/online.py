@@ -5,7 +5,8 @@ Rounds of collection alternate with updates. Everything that decides what is col
 seed, the number of the update and what the replay buffer holds, so that a resumed run needs no state of its own: it
 finds the rounds that are due in the buffer, and collects those that are not.
 
-Contents: `Schedule`; `OnlineData`; `AsyncOnlineData`, which collects in a thread while the model learns.
+Contents: `Schedule`; `OnlineData`, alone or as one of several processes; `AsyncOnlineData`, which collects in a thread
+while the model learns.
 """
 
 import copy
@@ -13,20 +14,21 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .collator import segment_items
-from .metrics import load_metric
 from .policy import ModelPolicy
 from .replay import ReplayBuffer
-from .rollout import ExploringPolicy, Policy, Request, Response, Rollouts
+from .rollout import ExploringPolicy, Policy, Request, Response, Rollouts, measures, metrics_of
+from .sharding import ready_to_generate
 from .vlmq_config import VLMQConfig
 
 # How long finished episodes may wait for their commit: what a crash can cost.
@@ -103,6 +105,8 @@ class OnlineData:
         processing_class: its processor or tokenizer.
         policy: plays in the model's place (a remote endpoint, another model).
         report: called after each round with what it measured.
+        process: (k, n): this is the k-th of n processes, counted from 0. Each plays every n-th episode into a buffer
+            of its own and draws from that; turns and rounds count over all. `advance` is collective then.
         progress: show a bar over a round's turns.
     """
 
@@ -116,25 +120,45 @@ class OnlineData:
         *,
         policy: Policy | None = None,
         report: Callable[[dict[str, float]], None],
+        process: tuple[int, int] = (0, 1),
         progress: bool = False,
     ):
         self.args, self.buffer, self.rollouts, self.model = args, buffer, rollouts, model
         self.processing_class, self.policy, self.report, self.progress = processing_class, policy, report, progress
+        self.process, self.num_processes = process
         self.schedule = Schedule.from_config(args)
         self.round = 0  # of which the learner has the data
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
-        self.run = fingerprint(args, rollouts, buffer)
+        self.run = fingerprint(args, rollouts, buffer, self.num_processes)
         self._failures_before = int(buffer.counters.get("env_failures", 0))
+        self._counts: dict[str, int] | None = None  # of all processes, when they last counted
 
     @property
-    def env_turns(self) -> int:
-        """Turns collected so far, evicted ones too."""
+    def own_turns(self) -> int:
+        """Turns that this process has collected so far, evicted ones too."""
         return self.buffer.end - self.buffer.num_offline
 
     @property
+    def env_turns(self) -> int:
+        """Turns collected so far by all processes, evicted ones too."""
+        return self._own_counts()["env_turns"] if self._counts is None else self._counts["env_turns"]
+
+    @property
     def env_failures(self) -> int:
-        """Episodes that were dropped because their environment failed, earlier runs on this buffer included."""
+        """Episodes that this process dropped since their environment failed, earlier runs on its buffer included."""
         return self._failures_before + sum(self.rollouts.failures.values())
+
+    def _own_counts(self) -> dict[str, int]:
+        return {
+            "env_turns": self.own_turns,
+            "env_failures": self.env_failures,
+            "replay_turns": self.end - self.buffer.start(self.end) + self.buffer.num_offline,
+        }
+
+    def _share_of(self, turns: int) -> int:
+        """This process's part of a number of turns; the parts of all add up to it."""
+        k, n = self.process, self.num_processes
+        return turns * (k + 1) // n - turns * k // n
 
     # ---- before an update ----
 
@@ -143,21 +167,27 @@ class OnlineData:
 
         A run that was killed before its first checkpoint goes on: the same arguments lead to the same rounds.
         """
-        if self.env_turns and self.buffer.counters.get("run") != self.run:
+        if self.own_turns and self.buffer.counters.get("run") != self.run:
             raise ValueError(
-                f"{self.buffer.folder} holds {self.env_turns} turns that a run with other arguments collected. Resume "
+                f"{self.buffer.folder} holds {self.own_turns} turns that a run with other arguments collected. Resume "
                 "that run (`resume_from_checkpoint=True`), choose another `replay_dir`, or remove the folder."
             )
 
     def advance(self, update: int) -> None:
         """Sees to it that the buffer has every round that is due before this update."""
-        for round in range(self.round + 1, self.schedule.rounds_before(update) + 1):
+        due = range(self.round + 1, self.schedule.rounds_before(update) + 1)
+        for round in due:
             self._obtain(round)
             self.round = round
+        if self.num_processes > 1 and (due or self._counts is None):
+            counts = gather_object([self._own_counts()])
+            self._counts = {name: sum(one[name] for one in counts) for name in counts[0]}
 
     def _obtain(self, round: int) -> None:
         known = self.buffer.round_end(round)
-        if known is None or not known[1]:
+        lacking = [known is None or not known[1]]
+        # A resumed process may have a round that another lacks; they play together, or none does.
+        if any(lacking if self.num_processes == 1 else gather_object(lacking)):
             self._collect(round)
             known = self.buffer.round_end(round)
         assert known is not None
@@ -165,20 +195,42 @@ class OnlineData:
         self.end = known[0] if self.buffer.start(known[0]) < known[0] else self.buffer.end
 
     def _collect(self, round: int) -> None:
-        """Plays a round with the model as it is. Torch's random state is left as it was."""
+        """Plays a round with the model as it is. Torch's random state is left as it was.
+
+        Raises:
+            RuntimeError: another process failed, with its error's text; so that all stop, and can save together.
+        """
         policy = self.policy
         was_training = self.model.training
         self.model.eval()
         devices = [torch.device(self.model.device)] if torch.device(self.model.device).type == "cuda" else []
+        played, error = Played(), None
         try:
-            with torch.random.fork_rng(devices=devices):
-                seed = (self.args.seed, round, int(self.buffer.counters.get("next_episode", 0)))
+            with ready_to_generate(self.model), torch.random.fork_rng(devices=devices):
+                seed = (self.args.seed, round, int(self.buffer.counters.get("next_episode", 0)), *self._other_process)
                 torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-                measured = self.play(round, policy or self.model_policy(self.model))
+                try:
+                    played = self.play(round, policy or self.model_policy(self.model))
+                except Exception as failure:
+                    error = failure
         finally:
             self.model.train(was_training)
-        if measured:
+        parts = [played]
+        if self.num_processes > 1:
+            said = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+            failed = [k for k, text in enumerate(said) if text is not None]
+            if failed and error is None:
+                error = RuntimeError(f"Process {failed[0]} failed while it collected. {said[failed[0]]}")
+            parts = gather_object(parts)
+        if error is not None:
+            raise error
+        if measured := measure(round, parts):
             self.report(measured)
+
+    @property
+    def _other_process(self) -> tuple[int, ...]:
+        """What tells this process's random draws from the first one's."""
+        return (self.process,) if self.process else ()
 
     def model_policy(self, model: Any) -> ModelPolicy:
         return ModelPolicy(
@@ -190,24 +242,21 @@ class OnlineData:
             logprobs=True,
         )
 
-    def play(self, round: int, policy: Policy) -> dict[str, float]:
+    def play(self, round: int, policy: Policy) -> "Played":
         """Collects what a round still lacks: whole episodes, committed as they come.
 
         Whatever ends it early, an error or an interruption, the finished episodes are committed.
-
-        Returns:
-            What was measured, for the log; nothing if nothing had to be played.
         """
-        buffer, goal = self.buffer, self.schedule.turns_after(round)
+        buffer, goal = self.buffer, self._share_of(self.schedule.turns_after(round))
         counters = {"next_episode": int(buffer.counters.get("next_episode", 0))}
-        played: list[tuple[float, int, float]] = []
+        played = Played()
         start = last_commit = time.perf_counter()
-        before = self.env_turns
+        before = self.own_turns
 
         def numbers() -> Iterator[int]:
-            while self.env_turns + buffer.pending_turns + self.rollouts.turns_running < goal:
+            while self.own_turns + buffer.pending_turns + self.rollouts.turns_running < goal:
                 counters["next_episode"] += 1
-                yield counters["next_episode"] - 1
+                yield (counters["next_episode"] - 1) * self.num_processes + self.process
 
         def commit(end_round: int | None = None) -> None:
             buffer.commit({**counters, "env_failures": self.env_failures, "run": self.run}, end_round=end_round)
@@ -219,7 +268,7 @@ class OnlineData:
         try:
             for episode in self.rollouts.play(self._exploring(policy), numbers()):
                 buffer.append(episode, round=round)
-                played.append((episode.return_, len(episode.turns), episode.valid_rate))
+                played.episodes.append(measures(episode))
                 bar.update(len(episode.turns))
                 if time.perf_counter() - last_commit > COMMIT_SECONDS:
                     commit()
@@ -228,16 +277,10 @@ class OnlineData:
         finally:
             bar.close()
             commit(end_round=round if complete else None)
-        if not played:  # the rounds before went over their goal by as much
-            return {}
-        seconds = time.perf_counter() - start
-        returns, turns, valid = zip(*played, strict=True)
-        measured = load_metric().compute(returns=returns, turns=turns, valid=valid)
-        logs = {"rollout_round": round, **{f"rollout_{name}": float(value) for name, value in measured.items()}}
-        logs |= {"rollout_seconds": seconds, "rollout_turns_per_second": sum(turns) / max(seconds, 1e-9)}
-        if getattr(policy, "responses", 0):
-            logs["rollout_retokenized"] = policy.retokenized / policy.responses  # type: ignore[attr-defined]
-        return logs
+        played.seconds = time.perf_counter() - start
+        played.responses = getattr(policy, "responses", 0)
+        played.retokenized = getattr(policy, "retokenized", 0)
+        return played
 
     def _exploring(self, policy: Policy) -> Policy:
         if not self.args.rollout_epsilon:
@@ -256,18 +299,13 @@ class OnlineData:
         """
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        rng = np.random.default_rng((seed, number))
+        rng = np.random.default_rng((seed, number, *self._other_process))
         rows = self.buffer.sample(rng, turns, args.segment_length, online_fraction(args, update), self.end)
         return segment_items(rows, self.buffer, self.buffer.return_to_go, self.buffer.read, args.critic_coef > 0)
 
     def logs(self) -> dict[str, float]:
         """What the trainer's log says of the data."""
-        return {
-            "env_turns": self.env_turns,
-            "env_failures": self.env_failures,
-            "replay_turns": self.end - self.buffer.start(self.end) + self.buffer.num_offline,
-            "round": self.round,
-        }
+        return {**(self._counts or self._own_counts()), "round": self.round}
 
     def close(self) -> None:
         """Closes the environments and the buffer."""
@@ -388,7 +426,7 @@ class AsyncOnlineData(OnlineData):
                     if round > self._wanted:
                         self._state.wait(timeout=1.0)
                         continue
-                measured = {} if self._has(round) else self.play(round, policy)
+                measured = {} if self._has(round) else measure(round, [self.play(round, policy)])
                 with self._state:
                     self._reports += [measured] if measured else []
                     self._state.notify_all()
@@ -443,7 +481,36 @@ class _UpToDate:
         return self.policy.act(requests)
 
 
-def fingerprint(args: VLMQConfig, rollouts: Rollouts, buffer: ReplayBuffer) -> int:
+@dataclass
+class Played:
+    """What one process played in a round.
+
+    Attributes:
+        episodes: `rollout.measures` of each.
+        seconds: that it took.
+        responses, retokenized: as `ModelPolicy` counts them.
+    """
+
+    episodes: list[tuple[float, int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    responses: int = 0
+    retokenized: int = 0
+
+
+def measure(round: int, parts: Sequence[Played]) -> dict[str, float]:
+    """What the log says of a round that processes have played; nothing if nothing had to be played."""
+    episodes = [episode for part in parts for episode in part.episodes]
+    if not episodes:  # the rounds before went over their goal by as much
+        return {}
+    seconds, turns = max(part.seconds for part in parts), sum(turns for _, turns, _ in episodes)
+    logs = {"rollout_round": round, **{f"rollout_{name}": float(x) for name, x in metrics_of(episodes).items()}}
+    logs |= {"rollout_seconds": seconds, "rollout_turns_per_second": turns / max(seconds, 1e-9)}
+    if responses := sum(part.responses for part in parts):
+        logs["rollout_retokenized"] = sum(part.retokenized for part in parts) / responses
+    return logs
+
+
+def fingerprint(args: VLMQConfig, rollouts: Rollouts, buffer: ReplayBuffer, num_processes: int = 1) -> int:
     """Equal for two runs that, started anew, would collect the same."""
     decisive = [
         *(name for name in VLMQConfig.__annotations__ if not name.startswith(("eval_", "replay_dir", "record_"))),
@@ -451,7 +518,7 @@ def fingerprint(args: VLMQConfig, rollouts: Rollouts, buffer: ReplayBuffer) -> i
         *("max_steps", "max_grad_norm", "lr_scheduler_type", "weight_decay"),
     ]
     facts = [repr(getattr(args, name)) for name in decisive]
-    facts += [rollouts.name, str(buffer.num_offline)]
+    facts += [rollouts.name, str(buffer.num_offline), *([str(num_processes)] if num_processes > 1 else [])]
     return int.from_bytes(hashlib.sha256("\n".join(facts).encode()).digest()[:6], "big")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -20,7 +22,8 @@ from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .agent_format import AgentFormat
 from .recorder import EpisodeRecorder
-from .rollout import EnvSpec, Request, Response, episode_metrics, play_episodes
+from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
+from .sharding import ready_to_generate
 from .trajectory import flatten_content
 
 
@@ -221,6 +224,7 @@ def evaluate_model(
     workers: bool = False,
     env_timeout: float | None = None,
     recorder: EpisodeRecorder | None = None,
+    distributed: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
     """Plays episodes with a model and measures them (`metrics.EpisodeMetrics`).
@@ -232,7 +236,9 @@ def evaluate_model(
         model: anything with `generate`.
         env, episodes, seed, num_envs, agent_format, workers, env_timeout, progress: as `rollout.play_episodes`.
         temperature, max_completion_length: as `ModelPolicy`.
-        recorder: writes the first episodes down, to be looked at.
+        recorder: writes the first episodes down, to be looked at; give it to one process only.
+        distributed: the processes of a distributed run each play a part of the episodes, and all get the result; each
+            must call. Weights that ZeRO-3 has split are gathered once, so that then too each must call.
     """
     policy = ModelPolicy(
         model,
@@ -241,12 +247,14 @@ def evaluate_model(
         max_completion_length=max_completion_length,
         batch_size=num_envs,
     )
+    state = PartialState() if distributed else None
+    share = (0, 1) if state is None else (state.process_index, state.num_processes)
     was_training = model.training
     model.eval()  # which suspends activation checkpointing too, and so leaves the cache on
     device = torch.device(model.device)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with ready_to_generate(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed + share[0])
             played = play_episodes(
                 env,
                 policy,
@@ -256,8 +264,10 @@ def evaluate_model(
                 num_envs=num_envs,
                 workers=workers,
                 env_timeout=env_timeout,
+                share=share,
                 progress=progress,
             )
-            return episode_metrics(played if recorder is None else recorder.watch(played))
+            rows = [measures(episode) for episode in (played if recorder is None else recorder.watch(played))]
+        return metrics_of(rows if state is None else gather_object(rows))
     finally:
         model.train(was_training)

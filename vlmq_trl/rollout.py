@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -380,6 +380,7 @@ def play_episodes(
     workers: bool = False,
     env_timeout: float | None = None,
     max_env_failures: int = 0,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> Iterator[Episode]:
     """Play episodes and yield them in order.
@@ -389,6 +390,7 @@ def play_episodes(
     Args:
         policy: answers all running environments in one call.
         episodes: how many; at least 1. Those that failures cost are missing.
+        share: (k, n) plays the k-th, (k + n)-th, ... of them only, counted from 0: a process's part.
         progress: show a bar over episodes.
         Others: as `Rollouts`.
 
@@ -401,12 +403,15 @@ def play_episodes(
         raise ValueError(f"episodes must be at least 1, got {episodes}.")
     _check_arguments(agent_format, num_envs, seed, max_turns, max_env_failures)
     _check_policy(policy, workers)
+    numbers = range(share[0], episodes, share[1])
 
     def play() -> Iterator[Episode]:
+        if not numbers:
+            return
         rollouts = Rollouts(
             env,
             agent_format=agent_format,
-            num_envs=min(num_envs, episodes),
+            num_envs=min(num_envs, len(numbers)),
             env_kwargs=env_kwargs,
             seed=seed,
             max_turns=max_turns,
@@ -416,16 +421,16 @@ def play_episodes(
             max_env_failures=max_env_failures,
         )
         finished: dict[int, Episode] = {}
-        due, error = 0, None
-        with rollouts, tqdm(total=episodes, unit="episode", desc=_env_name(env), disable=not progress) as bar:
+        due, error = numbers.start, None
+        with rollouts, tqdm(total=len(numbers), unit="episode", desc=_env_name(env), disable=not progress) as bar:
             try:
-                for episode in rollouts.play(policy, range(episodes)):
+                for episode in rollouts.play(policy, numbers):
                     finished[episode.seed - seed] = episode
                     bar.update()
                     while due in finished or due in rollouts.dropped:
                         if due in finished:
                             yield finished.pop(due)
-                        due += 1
+                        due += numbers.step
             except EnvFailureError as failure:
                 error = failure
             yield from (finished[number] for number in sorted(finished))
@@ -489,7 +494,16 @@ def collect_demonstrations(
 
 def episode_metrics(episodes: Iterable[Episode], confidence: float = 0.95) -> dict[str, float]:
     """`EpisodeMetrics` of played episodes; reads them once and keeps three numbers of each."""
-    rows = [(episode.return_, len(episode.turns), episode.valid_rate) for episode in episodes]
+    return metrics_of([measures(episode) for episode in episodes], confidence)
+
+
+def measures(episode: Episode) -> tuple[float, int, float]:
+    """Of an episode, what `metrics_of` needs: its return, its turns, its fraction of valid responses."""
+    return episode.return_, len(episode.turns), episode.valid_rate
+
+
+def metrics_of(rows: Sequence[tuple[float, int, float]], confidence: float = 0.95) -> dict[str, float]:
+    """`EpisodeMetrics` of the `measures` of episodes."""
     if not rows:
         raise ValueError("There are no episodes to measure.")
     returns, turns, valid = zip(*rows, strict=True)

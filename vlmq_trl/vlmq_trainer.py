@@ -9,6 +9,7 @@ Axes: R turns of a batch, S segments, L tokens of a segment, A action tokens (ro
 import functools
 import itertools
 import json
+import math
 import shutil
 import time
 import warnings
@@ -63,8 +64,9 @@ from .modeling import (
 from .online import AsyncOnlineData, OnlineData, Schedule
 from .policy import evaluate_model
 from .recorder import EpisodeRecorder
-from .replay import ReplayBuffer
+from .replay import ReplayBuffer, process_folder
 from .rollout import EnvSpec, Policy, Rollouts, make_env
+from .sharding import writable
 from .trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
 from .vlmq_config import VLMQConfig
 
@@ -332,8 +334,15 @@ class VLMQTrainer(SFTTrainer):
         self, args: VLMQConfig, train_dataset: Dataset | None, agent_format: AgentFormat | None
     ) -> Dataset:
         """Raises ValueError for what would go wrong later; returns one turn as the agent will see it."""
-        if args.world_size > 1:
-            raise ValueError("Collecting in an `env` needs a single process; train offline on several, or start one.")
+        if args.world_size > 1 and args.async_collection:
+            raise ValueError(
+                "`async_collection` needs a single process: the thread's and the learner's collectives would mix. "
+                "Leave it out, or let `rollout_policy` ask a server."
+            )
+        if args.turns_per_round < args.world_size:
+            raise ValueError(
+                f"`turns_per_round={args.turns_per_round}`: each of {args.world_size} processes needs one."
+            )
         schedule = Schedule.from_config(args)
         if args.max_steps <= 0:
             if schedule.num_updates is None:
@@ -365,15 +374,17 @@ class VLMQTrainer(SFTTrainer):
     def _open_online(self, env: EnvSpec) -> None:
         """The replay buffer, with the offline data in it, and the environments, for one call of `train`."""
         args = self.args
+        process, n = args.process_index, args.world_size
+        folder = process_folder(args.replay_dir or Path(args.output_dir) / "replay", process, n)
         buffer = ReplayBuffer(
-            args.replay_dir or Path(args.output_dir) / "replay",
-            capacity=args.replay_capacity,
+            folder,
+            capacity=args.replay_capacity and max(1, args.replay_capacity // n),
             gamma=args.gamma,
             with_images="images" in self.train_dataset.column_names,
         )
         try:
             if self._index is not None:
-                buffer.add_offline(self.train_dataset, self._index)
+                buffer.add_offline(*self._offline_share(self._index))
             rollouts = Rollouts(
                 env,
                 agent_format=self.agent_format,
@@ -396,8 +407,20 @@ class VLMQTrainer(SFTTrainer):
             self.processing_class,
             policy=self.rollout_policy,
             report=self.log,
-            progress=not args.disable_tqdm,
+            process=(process, n),
+            progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
+
+    def _offline_share(self, index: EpisodeIndex) -> tuple[Dataset, EpisodeIndex]:
+        """The episodes that this process draws from: all, or every n-th of a distributed run."""
+        process, n = self.args.process_index, self.args.world_size
+        if n == 1:
+            return self.train_dataset, index
+        if len(index) < n:
+            raise ValueError(f"{len(index)} episodes of offline data cannot be shared among {n} processes.")
+        spans = zip(index.first_row[process::n], index.length[process::n], strict=True)
+        share = self.train_dataset.select(np.concatenate([np.arange(first, first + count) for first, count in spans]))
+        return share, validate_trajectories(share, check_images="none")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -414,7 +437,7 @@ class VLMQTrainer(SFTTrainer):
             self._save_before_stopping()
             raise
         if self._index is None and update == 0 and self._with_critic and self.model.critic.is_fresh:
-            returns = online.buffer.return_to_go[np.arange(online.end)]
+            returns = np.concatenate(gather_object([online.buffer.return_to_go[np.arange(online.end)]]))
             self.model.critic.initialize_moments(float(returns.mean()), float(returns.std()))
         first = update * self.args.gradient_accumulation_steps
         batches = [
@@ -449,17 +472,6 @@ class VLMQTrainer(SFTTrainer):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return True
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            self.model.zero_grad()
-            self._save_before_stopping()
-            raise FloatingPointError(
-                f"The loss of update {self.state.global_step} is {loss.item()}. The weights are still those from "
-                "before it, and are saved. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
-            )
-        return loss
 
     def _save_before_stopping(self) -> None:
         """A checkpoint of what was learned so far; an error is coming that matters more than one in saving."""
@@ -506,9 +518,14 @@ class VLMQTrainer(SFTTrainer):
         # As in SFTTrainer: `num_items_in_batch` counts every rank's tokens, and DDP averages the gradients.
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        self._record_losses(mode, output, weights, {k: v.detach() for k, v in parts.items()}, inputs)
-        if "behavior_log_probs" in turns:
-            self._record_behavior_kl(mode, output.log_probs.detach(), turns["behavior_log_probs"])
+        total = self._record_losses(mode, loss, output, weights, parts, inputs, turns)
+        if mode == "train" and not math.isfinite(total):  # on every process alike, and before the weights change
+            self.model.zero_grad()
+            self._save_before_stopping()
+            raise FloatingPointError(
+                f"The loss of update {self.state.global_step} is {total}. The weights are still those from before it, "
+                "and are saved. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
+            )
         return (loss, output) if return_outputs else loss
 
     def _critic_losses(
@@ -580,9 +597,10 @@ class VLMQTrainer(SFTTrainer):
         if not self._with_critic:
             return
         critic = self.model.critic
-        critic.update_target(self.args.target_tau)
         sums = self.accelerator.reduce(self._target_sums, reduction="sum")
-        critic.update_moments(sums[0], sums[1], sums[2], self.args.target_norm_rate)
+        with writable(critic.parameters()):
+            critic.update_target(self.args.target_tau)
+            critic.update_moments(sums[0], sums[1], sums[2], self.args.target_norm_rate)
         self._target_sums.zero_()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -647,6 +665,7 @@ class VLMQTrainer(SFTTrainer):
             workers=self.args.rollout_workers,
             env_timeout=self.args.env_timeout,
             recorder=self._recorder(),
+            distributed=True,
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         played["runtime"] = time.perf_counter() - start
@@ -687,13 +706,29 @@ class VLMQTrainer(SFTTrainer):
     # ---- logs ----
 
     def _record_losses(
-        self, mode: str, output: ValueHeadOutput, weights: Tensor, parts: dict[str, Tensor], inputs: dict[str, Any]
-    ) -> None:
-        """Scalars of one batch; `log` averages them over the batches between two logs."""
-        gather = self.accelerator.gather_for_metrics
+        self,
+        mode: str,
+        loss: Tensor,
+        output: ValueHeadOutput,
+        weights: Tensor,
+        parts: dict[str, Tensor],
+        inputs: dict[str, Any],
+        turns: dict[str, Tensor],
+    ) -> float:
+        """Scalars of one batch; `log` averages them over the batches between two logs.
+
+        `behavior_kl` is KL(mu || pi) a token, by r - 1 - log r with r = pi / mu on the tokens whose log mu was
+        recorded: unbiased, and never negative (Schulman, 2020).
+
+        Returns:
+            The summed loss of all processes' batches.
+        """
         uncertain = output.entropy > UNCERTAIN_ENTROPY
         kept = weights > 0
         nll = -output.log_probs.detach()
+        log_ratio = -nll - turns.get("behavior_log_probs", torch.full_like(nll, torch.nan))
+        log_ratio = log_ratio[~log_ratio.isnan()]
+        kl = log_ratio.exp() - 1 - log_ratio
         sums = {
             "tokens": torch.ones_like(nll).sum(),
             "entropy": output.entropy.sum(),
@@ -704,9 +739,12 @@ class VLMQTrainer(SFTTrainer):
             "uncertain": uncertain.float().sum(),
             "kept_uncertain": (kept & uncertain).float().sum(),
             "input": inputs["attention_mask"].sum().float(),
-            **{f"critic_{k}": v for k, v in parts.items()},
+            "kl": kl.sum(),
+            "known": torch.ones_like(kl).sum(),
+            "loss": loss.detach(),
+            **{f"critic_{k}": v.detach() for k, v in parts.items()},
         }
-        totals = gather(torch.stack(list(sums.values()))[None]).sum(0).tolist()
+        totals = self.accelerator.gather(torch.stack(list(sums.values()))[None]).sum(0).tolist()
         total = dict(zip(sums, totals, strict=True))
         metrics, n = self._metrics[mode], max(total["tokens"], 1)
         metrics["entropy"].append(total["entropy"] / n)
@@ -719,18 +757,12 @@ class VLMQTrainer(SFTTrainer):
         if total["uncertain"]:
             metrics["kept_fraction_uncertain"].append(total["kept_uncertain"] / total["uncertain"])
             metrics["uncertain_fraction"].append(total["uncertain"] / n)
+        if total["known"]:
+            metrics["behavior_kl"].append(total["kl"] / total["known"])
         if mode == "train":
             self._total_train_tokens += int(total["input"])
         metrics["num_tokens"] = [self._total_train_tokens]
-
-    def _record_behavior_kl(self, mode: str, log_probs: Tensor, behavior: Tensor) -> None:
-        """KL(mu || pi) a token, by r - 1 - log r with r = pi / mu on the tokens whose log mu was recorded: unbiased,
-        and never negative (Schulman, 2020)."""
-        log_ratio = (log_probs - behavior)[~behavior.isnan()]
-        kl = log_ratio.exp() - 1 - log_ratio
-        total, count = self.accelerator.gather_for_metrics(kl.new_tensor([[kl.sum(), kl.numel()]])).sum(0).tolist()
-        if count:
-            self._metrics[mode]["behavior_kl"].append(total / count)
+        return total["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what happened since the last log: tokens per second, advantages, values and their calibration."""
@@ -786,8 +818,9 @@ class VLMQTrainer(SFTTrainer):
     def save_replay_manifest(self) -> None:
         """Beside a checkpoint's weights, what the replay buffer held then."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._online is not None and self.is_world_process_zero() and folder.is_dir():
-            (folder / "replay_manifest.json").write_text(json.dumps(self._online.buffer.manifest()) + "\n")
+        if self._online is not None and folder.is_dir():
+            name = f"replay_manifest{'' if self.is_world_process_zero() else f'-{self.args.process_index}'}.json"
+            (folder / name).write_text(json.dumps(self._online.buffer.manifest()) + "\n")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
@@ -842,7 +875,10 @@ class VLMQTrainer(SFTTrainer):
         wrapped.load_critic(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:  # as it resumes
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class _Hooks(TrainerCallback):

@@ -18,6 +18,6 @@ Reading goes through memory-mapped shards. In memory are 22 bytes a turn and, wh
 count for each picture.
 """
 
-from .buffer import ReplayBuffer, load_replay
+from .buffer import ReplayBuffer, load_replay, process_folder
 
-__all__ = ["ReplayBuffer", "load_replay"]
+__all__ = ["ReplayBuffer", "load_replay", "process_folder"]

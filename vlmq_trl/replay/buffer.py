@@ -548,5 +548,25 @@ class ReplayBuffer:
 
 
 def load_replay(folder: str | os.PathLike, part: Part = "all") -> datasets.Dataset:
-    """The rows of a replay buffer, as they stand now, as a trajectory dataset (see `ReplayBuffer.dataset`)."""
-    return ReplayBuffer(folder, read_only=True).dataset(part)
+    """The rows of a replay buffer, as they stand now, as a trajectory dataset (see `ReplayBuffer.dataset`); of a run
+    of several processes, those of all of them."""
+    parts = sorted(Path(folder).glob("process-*-of-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = [ReplayBuffer(path, read_only=True).dataset(part) for path in parts or [Path(folder)]]
+    return datasets.concatenate_datasets(found) if len(found) > 1 else found[0]
+
+
+def process_folder(folder: str | os.PathLike, process: int, num_processes: int) -> Path:
+    """Where a process of a distributed run keeps its part of the buffer: the folder itself if it is the only one.
+
+    Raises:
+        ValueError: the folder holds the buffer of a run with another number of processes.
+    """
+    folder = Path(folder)
+    found = {int(path.name.split("-")[-1]) for path in folder.glob("process-*-of-*")}
+    found |= {1} if (folder / "manifest.json").is_file() else set()
+    if found - {num_processes}:
+        raise ValueError(
+            f"{folder} holds the replay buffer of {min(found - {num_processes})} processes, and there are "
+            f"{num_processes} now: start as many as before, or choose another `replay_dir`."
+        )
+    return folder if num_processes == 1 else folder / f"process-{process}-of-{num_processes}"

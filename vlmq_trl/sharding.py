@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that DeepSpeed ZeRO splits over processes: reading them whole, changing them in place, generating with them.
+
+Without DeepSpeed everything here does nothing. Three facts make it necessary:
+
+- under ZeRO-3 a parameter is empty but while its module's forward runs;
+- under any stage the optimiser steps on float32 copies of its own, and writes them over the parameters: what else
+  changes a trained parameter has to change its copy too;
+- generating token by token under ZeRO-3 would gather every weight once a token.
+
+All of these are collective: every process must enter.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from trl.models.utils import add_hooks, remove_hooks
+
+
+def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether ZeRO-3 has split any of them."""
+    return any(hasattr(p, "ds_id") for p in parameters)
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> Iterator[None]:
+    """The parameters are whole inside. With `write` what rank 0 makes of them is kept, else they are only read."""
+    # Twice in the list, as a tied weight would be, is an error to DeepSpeed.
+    split = {id(p): p for p in parameters if hasattr(p, "ds_id")}
+    if not write:  # one that is whole already would be split at the end, perhaps in the middle of its module's forward
+        split = {key: p for key, p in split.items() if p.ds_status.name != "AVAILABLE"}
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(split.values()), modifier_rank=0 if write else None):
+        yield
+
+
+@contextmanager
+def writable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The parameters may be changed in place inside, on every process alike; the optimiser goes on from the change.
+
+    Raises:
+        TypeError: a trained parameter is not float32, so that its change would round the optimiser's copy.
+    """
+    parameters = list(parameters)
+    masters = [p for p in parameters if p.requires_grad and (hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer"))]
+    if any(p.dtype != torch.float32 for p in masters):
+        raise TypeError("DeepSpeed has cast weights that must stay float32.")
+    with gathered(parameters, write=True):
+        yield
+        values = [p.detach().clone() for p in masters]
+    if masters:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for p, value in zip(masters, values, strict=True):
+            safe_set_full_fp32_param(p, value)
+
+
+@contextmanager
+def ready_to_generate(model: nn.Module) -> Iterator[None]:
+    """Gathers all of a model's weights once, and keeps ZeRO-3's hooks away meanwhile."""
+    parameters = list(model.parameters())
+    if not is_sharded(parameters):
+        yield
+        return
+    # The optimiser that ZeRO-3 has put into every trained parameter holds the hooks.
+    optimizer: Any = next((p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")), None)
+    with ExitStack() as stack:
+        stack.enter_context(gathered(parameters))
+        if optimizer is not None:
+            engine: Any = SimpleNamespace(optimizer=optimizer)
+            remove_hooks(engine)
+            stack.callback(add_hooks, engine)
+        yield
