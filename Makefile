@@ -32,10 +32,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-# The other domains' packages too: a browser's driver, a text game engine that is compiled (minutes), an emulator.
+# DeepSpeed, and the other domains' packages: a browser's driver, a text game engine that is compiled, an emulator.
 $(ALL_READY): $(READY)
-	@echo "Adding the packages of all environments (some are compiled: a few minutes) ..."
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,envs]' -c constraints.txt
+	@echo "Adding DeepSpeed and the packages of all environments (some are compiled: a few minutes) ..."
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,envs,deepspeed]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)

@@ -1,23 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run, started by `accelerate launch` for the tests of several processes; rank 0 writes what came of it.
+"""One training run, started by `accelerate launch` for `test_distributed.py`; rank 0 writes what came of it.
 
 accelerate launch ... tests/distributed_run.py '{"model": "folder", "out": "folder", "config": {...}, ...}'
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gymnasium
 import torch
 from peft import LoraConfig
 
 from tests import small_runs
-from vlmq_trl import VLMQTrainer
+from vlmq_trl import EnvEvaluationCallback, VLMQTrainer
 from vlmq_trl.sharding import gathered
 
 LORA = r".*text_model.*\.(q_proj|v_proj)"
+
+
+class BreaksOnRank1(gymnasium.Wrapper):
+    """NumberLine that raises in its first step on rank 1."""
+
+    def __init__(self):
+        super().__init__(gymnasium.make(small_runs.NUMBER_LINE))
+
+    def step(self, action):
+        if os.environ["RANK"] == "1":
+            raise OSError("the cable of rank 1 is unplugged")
+        return super().step(action)
 
 
 def main() -> None:
@@ -25,39 +39,51 @@ def main() -> None:
     torch.set_num_threads(1)
     # First: the weights are split as they are loaded only if ZeRO-3 is known by then.
     args = small_runs.config(task["out"], **task["config"])
+    envs = {None: None, "NumberLine": small_runs.NUMBER_LINE, "broken": BreaksOnRank1}
+    callback = EnvEvaluationCallback(small_runs.NUMBER_LINE, eval_steps=2, episodes=3, max_completion_length=8)
     trainer = VLMQTrainer(
         task["model"],
         args,
-        train_dataset=small_runs.number_line(),
-        env=small_runs.NUMBER_LINE if task.get("online") else None,
+        train_dataset=None if task.get("purely") else small_runs.number_line(),
+        env=envs[task.get("env")],
         eval_env=small_runs.NUMBER_LINE,
         peft_config=LoraConfig(target_modules=LORA, r=4) if task.get("lora") else None,
+        callbacks=[callback] if task.get("callback") else None,
     )
+    result = {"evaluated": trainer.evaluate(episodes=5)}
     critic = trainer.model.critic
-    target = next(iter(critic.target.parameters()))
-    start = target.detach().clone()
+    before = {name: x.clone() for name, x in critic.target.named_buffers()}
     trainer.train(resume_from_checkpoint=task.get("resume"))
-    trainer.evaluate(episodes=5)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    if task.get("callback"):
+        result["restored"] = best_weights_are_put_back(trainer, callback, trained)
     if task.get("save"):
         trainer.save_model(task["save"])
-    with gathered(critic.parameters()):
-        moved = float((target.detach() - start).abs().max())
-        weights = {name: p.detach().double().abs().sum().item() for name, p in critic.named_parameters()}
-    deepspeed = trainer.accelerator.state.deepspeed_plugin
-    seen = torch.tensor([trainer.accelerator.process_index], device=args.device)
-    ranks = trainer.accelerator.gather(seen).tolist()
+    with gathered(trained):
+        dtypes = sorted({str(p.dtype) for p in trained})
+    result |= {
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
+        "ranks": trainer.accelerator.gather(torch.tensor([args.process_index], device=args.device)).tolist(),
+        "log": trainer.state.log_history,
+        "target_moved": {name: float((x - before[name]).abs().max()) for name, x in critic.target.named_buffers()},
+        "target_dtypes": sorted({str(x.dtype) for x in critic.target.buffers()}),
+        "dtypes": dtypes,
+    }
     if trainer.is_world_process_zero():
-        result = {
-            "distributed_type": trainer.accelerator.distributed_type.value,
-            "zero_stage": None if deepspeed is None else deepspeed.zero_stage,
-            "ranks": ranks,
-            "log": trainer.state.log_history,
-            "target_moved": moved,
-            "target_mean": critic.target_mean.item(),
-            "target_std": critic.target_std.item(),
-            "critic": weights,
-        }
         (Path(task["out"]) / "result.json").write_text(json.dumps(result))
+
+
+def best_weights_are_put_back(trainer, callback, trained) -> bool:
+    """The best are the last ones here, since no step is better than another."""
+    assert callback.best is callback.history[-1]
+    with torch.no_grad(), gathered(trained, write=True):
+        before = [p.detach().clone() for p in trained]
+        for p in trained:
+            p.zero_()
+    callback.restore_best(trainer.model)
+    with gathered(trained):
+        return all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def test_a_critic_stays_float32(critic_type):
 @pytest.mark.parametrize("critic_type", ["scalar", "vocab"])
 def test_the_target_starts_as_a_copy(critic_type):
     critic = Critic(CriticConfig(critic_type, hidden_size=D, vocab_size=V))
-    pairs = list(zip(critic.online.parameters(), critic.target.parameters(), strict=True))
+    pairs = list(zip(critic.online.parameters(), critic.target.buffers(), strict=True))
     assert pairs and all(torch.equal(o, t) and o.data_ptr() != t.data_ptr() for o, t in pairs)
 
 
@@ -238,23 +238,23 @@ def test_polyak_update_is_exact(critic_type):
     # 1 + 0.25 * (3 - 1) = 1.5, then 1.5 + 0.25 * 1.5 = 1.875: no rounding in either.
     critic = make(critic_type)
     with torch.no_grad():
-        for o, t in zip(critic.online.parameters(), critic.target.parameters(), strict=True):
+        for o, t in zip(critic.online.parameters(), critic.target.buffers(), strict=True):
             o.fill_(3)
             t.fill_(1)
     for expected in (1.5, 1.875):
         critic.update_target(0.25)
-        assert all((t == expected).all() for t in critic.target.parameters())
+        assert all((t == expected).all() for t in critic.target.buffers())
         assert all((o == 3).all() for o in critic.online.parameters())
     critic.update_target(1.0)
-    assert all((t == 3).all() for t in critic.target.parameters())
+    assert all((t == 3).all() for t in critic.target.buffers())
 
 
 def test_polyak_update_moves_each_parameter_towards_its_own():
     critic = make()
     online = {k: v.detach().clone() for k, v in critic.online.named_parameters()}
-    target = {k: v.clone() for k, v in critic.target.named_parameters()}
+    target = {k: v.clone() for k, v in critic.target.named_buffers()}
     critic.update_target(0.1)
-    for k, v in critic.target.named_parameters():
+    for k, v in critic.target.named_buffers():
         assert_close(v, 0.9 * target[k] + 0.1 * online[k])
         assert torch.equal(online[k], critic.online.get_parameter(k))
 
@@ -271,9 +271,9 @@ def test_the_target_receives_no_gradient(critic_type):
             (heads.taken(features, torch.arange(7)) + heads.expected(features, torch.ones(7, V))).sum().backward()
     assert states.grad.any()
     assert all(p.grad is not None and p.grad.any() for p in critic.online.parameters())
-    assert not any(p.requires_grad or p.grad is not None for p in critic.target.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in critic.target.buffers())
     critic.update_target(0.5)
-    assert not any(p.requires_grad for p in critic.target.parameters())
+    assert not any(p.requires_grad for p in critic.target.buffers())
 
 
 def test_what_is_saved():

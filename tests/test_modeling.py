@@ -398,7 +398,7 @@ def test_gradients_reach_backbone_and_online_heads_only(name, config):
     loss.backward()
     critic = wrapped.critic
     assert all(p.grad is not None and p.grad.any() for p in critic.online.parameters())
-    assert not any(p.requires_grad or p.grad is not None for p in critic.target.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in critic.target.buffers())
     for field in ("entropy", "target_q_values", "target_state_values", "bootstrap_values"):
         assert not out[field].requires_grad
     base = wrapped.pretrained_model

@@ -124,12 +124,8 @@ class EnvEvaluationCallback(TrainerCallback):
         """
         if self.best is None or not self.keep_best:
             raise RuntimeError("There are no best weights: train first, with `keep_best=True`.")
-        own = _trainable(model)
-        parameters = [p for p in own.values() if isinstance(p, nn.Parameter)]
-        elsewhere = is_sharded(parameters) and not PartialState().is_main_process
-        with torch.no_grad(), gathered(parameters, write=True):
-            if elsewhere:  # what rank 0 writes comes here too
-                return self.best
+        with torch.no_grad(), gathered(_trained(model), write=True):
+            own = _trainable(model)
             if {k: p.shape for k, p in own.items()} != {k: w.shape for k, w in self._best_weights.items()}:
                 raise ValueError(
                     f"{type(model).__name__} has other trainable parameters than the model that was trained; pass "
@@ -232,12 +228,9 @@ class EnvEvaluationCallback(TrainerCallback):
             self._writer.flush()
 
     def _keep(self, model: nn.Module) -> None:
-        """Copies the trainable parameters to CPU, into the memory of the copy before; sharded ones on rank 0 only."""
-        own = _trainable(model)
-        parameters = [p for p in own.values() if isinstance(p, nn.Parameter)]
-        elsewhere = is_sharded(parameters) and not PartialState().is_main_process
-        with torch.no_grad(), gathered(parameters):
-            for name, parameter in () if elsewhere else own.items():
+        """Copies the trainable parameters to CPU, into the memory of the copy before."""
+        with torch.no_grad(), gathered(_trained(model)):
+            for name, parameter in _trainable(model).items():
                 if name in self._best_weights:
                     self._best_weights[name].copy_(parameter)
                 else:
@@ -271,12 +264,17 @@ def _rank(record: dict[str, float]) -> tuple[float, float]:
     return record["success_rate"], record["mean_return"]
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: the trainable parameters, and all of a critic, whose target heads and running moments no
-    optimiser moves."""
+    optimiser moves. ZeRO-3's rank 0 alone keeps parameters; it writes them back for all."""
+    elsewhere = is_sharded(model.parameters()) and not PartialState().is_main_process
     changed = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     changed |= {name: x for name, x in model.state_dict().items() if name.startswith("critic.")}
-    return changed
+    return {k: x for k, x in changed.items() if not elsewhere or k in dict(model.named_buffers())}
 
 
 def _tensorboard_directory(args: TrainingArguments) -> Path:

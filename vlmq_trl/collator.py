@@ -76,6 +76,12 @@ class SegmentDataset(TorchDataset):
         self.index = index
         self.with_bootstrap = with_bootstrap
         self.return_to_go = index.returns_to_go(gamma)
+        self.sampler: SegmentSampler | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """For its sampler, which accelerate does not find where several processes resume."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -13,6 +13,7 @@ Heads speak in units of the normalised targets: (G - mean) / std. When the runni
 the last layers are rescaled so that the values they stand for stay put (PopArt, arXiv 1602.07714, section 2.2).
 
 Axes: A action tokens, D hidden size, N critics, R rank, V vocabulary. Everything is float32, whatever the backbone is.
+DeepSpeed may keep the online heads in half precision, beside float32 copies of its own; they still compute in float32.
 """
 
 import copy
@@ -60,12 +61,19 @@ class CriticConfig:
         return dataclasses.asdict(self)
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.float(), self.bias.float())
+
+
 class EnsembleHead(nn.Module):
     """N independent scalar heads: [..., D] -> [..., N]; linear, or with one SiLU hidden layer."""
 
     def __init__(self, input_size: int, hidden_size: int, num_heads: int):
         super().__init__()
-        self.hidden = nn.Linear(input_size, num_heads * hidden_size) if hidden_size else None
+        self.hidden = Float32Linear(input_size, num_heads * hidden_size) if hidden_size else None
         width = hidden_size or input_size
         self.weight = nn.Parameter(torch.empty(num_heads, width))
         self.bias = nn.Parameter(torch.zeros(num_heads))
@@ -74,9 +82,9 @@ class EnsembleHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.hidden is None:
-            return x @ self.weight.T + self.bias
+            return x @ self.weight.float().T + self.bias.float()
         h = nn.functional.silu(self.hidden(x)).unflatten(-1, self.weight.shape)
-        return (h * self.weight).sum(-1) + self.bias
+        return (h * self.weight.float()).sum(-1) + self.bias.float()
 
     @torch.no_grad()
     def rescale_(self, scale: Tensor, shift: Tensor) -> None:
@@ -94,6 +102,10 @@ class ScalarHeads(nn.Module):
         self.q = EnsembleHead(config.hidden_size, config.critic_hidden_size, config.num_critics)
         self.v = EnsembleHead(config.hidden_size, config.critic_hidden_size, config.num_critics)
 
+    def read_directly(self) -> list[nn.Parameter]:
+        """No weight: `q` and `v` are called."""
+        return []
+
     def rescale_(self, scale: Tensor, shift: Tensor) -> None:
         self.q.rescale_(scale, shift)
         self.v.rescale_(scale, shift)
@@ -108,13 +120,13 @@ class VocabHeads(nn.Module):
     def __init__(self, config: CriticConfig):
         super().__init__()
         assert config.hidden_size is not None and config.vocab_size is not None
-        self.down = nn.Linear(config.hidden_size, config.num_critics * config.critic_rank)
+        self.down = Float32Linear(config.hidden_size, config.num_critics * config.critic_rank)
         size, std = (config.vocab_size, config.critic_rank), 0.1 / math.sqrt(config.critic_rank)
         self.up = nn.ParameterList(nn.init.normal_(torch.empty(size), std=std) for _ in range(config.num_critics))
         self.bias = nn.Parameter(torch.zeros(config.num_critics))
 
-    def direct(self) -> list[nn.Parameter]:
-        """The weights that `taken` and `expected` read."""
+    def read_directly(self) -> list[nn.Parameter]:
+        """The weights that `taken` and `expected` read outside of their modules' forward."""
         return [*self.up, self.bias]
 
     def features(self, hidden: Tensor) -> Tensor:
@@ -124,12 +136,12 @@ class VocabHeads(nn.Module):
     def taken(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Q of the taken tokens: features [A, N, R], tokens [A] -> [A, N]."""
         rows = torch.stack([nn.functional.embedding(tokens, up) for up in self.up], dim=1)
-        return (features * rows).sum(-1) + self.bias
+        return (features * rows.float()).sum(-1) + self.bias.float()
 
     def expected(self, features: Tensor, probabilities: Tensor) -> Tensor:
         """sum_a pi(a|s) Q(s, a): features [A, N, R], probabilities [A, V] -> [A, N], with no [A, N, V] tensor."""
-        rows = torch.stack([probabilities @ up for up in self.up], dim=1)
-        return (features * rows).sum(-1) + self.bias
+        rows = torch.stack([probabilities @ up.float() for up in self.up], dim=1)
+        return (features * rows).sum(-1) + self.bias.float()
 
     @torch.no_grad()
     def rescale_(self, scale: Tensor, shift: Tensor) -> None:
@@ -143,7 +155,8 @@ class Critic(nn.Module):
 
     Attributes:
         online: heads that are trained.
-        target: their Polyak-averaged copy; never receives gradients.
+        target: their Polyak-averaged copy. Its weights are buffers: no optimiser, sharding or cast ever touches them
+            (in half precision, so slow an average would stand still).
         target_mean, target_variance: running moments of the token returns, in reward units.
         min_std: floor of their standard deviation, in reward units.
     """
@@ -162,7 +175,7 @@ class Critic(nn.Module):
             )
         self.config = config
         self.online = ScalarHeads(config) if config.critic_type == "scalar" else VocabHeads(config)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.target = _with_buffers(copy.deepcopy(self.online))
         self.register_buffer("target_mean", torch.zeros(()))
         self.register_buffer("target_variance", torch.ones(()))
         self.register_buffer("min_std", torch.tensor(self.MIN_STD))
@@ -225,4 +238,15 @@ class Critic(nn.Module):
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
         """target <- (1 - tau) * target + tau * online, parameter by parameter."""
-        torch._foreach_lerp_(list(self.target.parameters()), [p.detach() for p in self.online.parameters()], tau)
+        target = dict(self.target.named_buffers())
+        online = {name: p.detach().float() for name, p in self.online.named_parameters()}
+        torch._foreach_lerp_(list(target.values()), [online[name] for name in target], tau)
+
+
+def _with_buffers(module: nn.Module) -> nn.Module:
+    """The module, with buffers of the same names in place of its parameters."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
+    return module

@@ -35,7 +35,7 @@ from transformers.utils import ModelOutput, cached_file
 from trl.kernels import ChunkedLogProbFunction
 
 from .critic import Critic, CriticConfig
-from .sharding import gathered
+from .sharding import reads
 
 CRITIC_WEIGHTS_NAME = "critic.safetensors"
 CRITIC_CONFIG_NAME = "critic_config.json"
@@ -154,6 +154,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         self.pretrained_model = pretrained_model
         self.critic = Critic(CriticConfig(**{**config.to_dict(), **expected}))
         self.critic.to(head.weight.device)
+        reads(self, [*_head_weights(base), *self.critic.online.read_directly()])
         self.logit_transform = LogitTransform.from_config(text_config)
         # Vocabulary entries that are projected at a time; bounds memory, never the result.
         self.vocab_chunk_size = 32768
@@ -204,26 +205,23 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             if self.critic.config.critic_type == "scalar":
                 self._score_scalar(output, before.float(), after.float(), bootstrap.float())
             else:
-                # Read outside their modules' forward, for which ZeRO-3 would make them whole.
-                with gathered([*self.critic.online.direct(), *self.critic.target.direct()]):
-                    self._score_vocab(output, base, before, bootstrap, tokens)
+                self._score_vocab(output, base, before, bootstrap, tokens)
         return output
 
     def _policy(self, base: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[A, D], [A] -> log-probabilities, entropies, is_top1, each [A], without an [A, V] tensor."""
         weight, bias = _head_weights(base)
-        with gathered([weight, bias]):
-            log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-                hidden,
-                weight,
-                bias,
-                tokens,
-                1.0,
-                self.vocab_chunk_size,
-                self.logit_transform.softcap,
-                self.logit_transform.scale,
-                ("log_probs", "entropy", "is_top1"),
-            )
+        log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+            hidden,
+            weight,
+            bias,
+            tokens,
+            1.0,
+            self.vocab_chunk_size,
+            self.logit_transform.softcap,
+            self.logit_transform.scale,
+            ("log_probs", "entropy", "is_top1"),
+        )
         return log_probs, entropy.detach(), is_top1
 
     def _score_scalar(self, output: ValueHeadOutput, before: Tensor, after: Tensor, bootstrap: Tensor) -> None:
@@ -262,14 +260,13 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
     def _expected_q(self, base: PreTrainedModel, hidden: Tensor, features: Tensor) -> Tensor:
         """sum_a pi(a|s) Q_target(s, a): hidden [A, D], features [A, N, R] -> [A, N], a tile of rows at a time."""
         weight, bias = _head_weights(base)
-        with gathered([weight, bias]):
-            rows = max(1, MAX_TILE_ELEMENTS // weight.shape[0])
-            values = [
-                self.critic.target.expected(
-                    f, self.logit_transform(nn.functional.linear(h.to(weight.dtype), weight, bias).float()).softmax(-1)
-                )
-                for h, f in zip(hidden.split(rows), features.split(rows), strict=True)
-            ]
+        rows = max(1, MAX_TILE_ELEMENTS // weight.shape[0])
+        values = [
+            self.critic.target.expected(
+                f, self.logit_transform(nn.functional.linear(h.to(weight.dtype), weight, bias).float()).softmax(-1)
+            )
+            for h, f in zip(hidden.split(rows), features.split(rows), strict=True)
+        ]
         return torch.cat(values) if values else features.new_zeros(0, features.shape[1])
 
     # ---- saving and loading ----
@@ -315,7 +312,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = self.critic.state_dict() if state_dict is None else state_dict
-        save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, directory / CRITIC_WEIGHTS_NAME)
+        whole = {k: v.detach().float().contiguous().cpu() for k, v in state.items()}
+        save_file(whole, directory / CRITIC_WEIGHTS_NAME)
         (directory / CRITIC_CONFIG_NAME).write_text(json.dumps(self.critic.config.to_dict(), indent=2) + "\n")
 
     def load_critic(self, directory: str | os.PathLike, **hub_kwargs: Any) -> None:

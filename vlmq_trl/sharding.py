@@ -18,12 +18,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import add_hooks, remove_hooks
 
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether ZeRO-3 has split any of them."""
     return any(hasattr(p, "ds_id") for p in parameters)
+
+
+def reads(module: nn.Module, parameters: Iterable[nn.Parameter | None]) -> None:
+    """Says to ZeRO-3 that a module's forward reads parameters of other modules, without calling those.
+
+    DeepSpeed finds out by itself, but late: where the first step happens to find a parameter whole, the second fails.
+    """
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        for parameter in {id(p): p for p in parameters if p is not None}.values():
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 @contextmanager
@@ -44,23 +57,25 @@ def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> 
 
 @contextmanager
 def writable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters may be changed in place inside, on every process alike; the optimiser goes on from the change.
-
-    Raises:
-        TypeError: a trained parameter is not float32, so that its change would round the optimiser's copy.
-    """
+    """Trained parameters, whole and float32, that may be changed in place, on every process alike. The optimiser goes
+    on from the change."""
     parameters = list(parameters)
-    masters = [p for p in parameters if p.requires_grad and (hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer"))]
-    if any(p.dtype != torch.float32 for p in masters):
-        raise TypeError("DeepSpeed has cast weights that must stay float32.")
-    with gathered(parameters, write=True):
+    if not any(hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in parameters):
         yield
-        values = [p.detach().clone() for p in masters]
-    if masters:
-        from deepspeed.utils import safe_set_full_fp32_param
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-        for p, value in zip(masters, values, strict=True):
-            safe_set_full_fp32_param(p, value)
+    masters = [p if p.dtype == torch.float32 else safe_get_full_fp32_param(p) for p in parameters]
+    with gathered(parameters, write=True):
+        own = [p.data for p in parameters]
+        for p, master in zip(parameters, masters, strict=True):
+            p.data = master.data
+        yield
+        masters = [p.detach().clone() for p in parameters]
+        for p, data in zip(parameters, own, strict=True):
+            p.data = data.copy_(p.data)  # of which DeepSpeed holds views
+    for p, master in zip(parameters, masters, strict=True):
+        safe_set_full_fp32_param(p, master)
 
 
 @contextmanager

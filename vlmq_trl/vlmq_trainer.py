@@ -38,7 +38,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
@@ -265,6 +265,9 @@ class VLMQTrainer(SFTTrainer):
         if wrapped.critic.is_fresh and self._index is not None:
             returns = self._index.returns_to_go(self.args.gamma)
             wrapped.critic.initialize_moments(float(returns.mean()), float(returns.std()))
+        if is_deepspeed_zero3_enabled():  # which wants one type for all that it splits
+            for p in wrapped.critic.online.parameters():
+                p.data = p.data.to(self.model.dtype)
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
 
     def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -322,7 +325,8 @@ class VLMQTrainer(SFTTrainer):
 
     def _segment_sampler(self, dataset: SegmentDataset, shuffle: bool) -> SegmentSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return SegmentSampler(dataset.index, self.args.segment_length, seed, shuffle)
+        dataset.sampler = SegmentSampler(dataset.index, self.args.segment_length, seed, shuffle)
+        return dataset.sampler
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         # The collator takes what `SegmentDataset` gives; there is no unused column to remove.
@@ -598,7 +602,7 @@ class VLMQTrainer(SFTTrainer):
             return
         critic = self.model.critic
         sums = self.accelerator.reduce(self._target_sums, reduction="sum")
-        with writable(critic.parameters()):
+        with writable(critic.online.parameters()):
             critic.update_target(self.args.target_tau)
             critic.update_moments(sums[0], sums[1], sums[2], self.args.target_norm_rate)
         self._target_sums.zero_()

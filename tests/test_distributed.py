@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes, by `accelerate launch` and the configurations in `examples/accelerate_configs`, on the CPU.
+
+Every run says how it was distributed: several commands that look right run alone, or as another kind.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import small_runs, tiny_models
+from vlmq_trl import evaluate_model, load_replay, validate_trajectories
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {"multi_gpu": ("MULTI_CPU", None), **{f"zero{stage}": ("DEEPSPEED", stage) for stage in (1, 2, 3)}}
+SCALAR = {"critic_type": "scalar"}
+VOCAB = {"critic_type": "vocab", "off_policy_trace": "tree_backup"}
+ONLINE = {"offline_steps": 2, "turns_per_round": 20, "updates_per_turn": 0.1, "rollout_num_envs": 2}
+# DeepSpeed's first run compiles an extension, and looks for `ninja` there.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+ADAPTER, MODEL, CRITIC = "adapter_model.safetensors", "model.safetensors", "critic.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model_name(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    for part in tiny_models.build("idefics3"):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def launch(model_name, tmp_path):
+    """launch(kind, name, steps, task, config) -> what rank 0 wrote, in the folder tmp_path / name."""
+
+    def launch(kind, name, config, *, steps=8, fails="", precision="no", **task):
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        task = {"model": model_name, "out": str(out), "save": str(out / "saved"), **task}
+        task["config"] = {"max_steps": steps, "filter": "exp", "bf16": precision == "bf16", **config}
+        configuration = ROOT / "examples" / "accelerate_configs" / f"{kind}.yaml"
+        options = ["--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "0"]
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), *options]
+            + [str(ROOT / "tests" / "distributed_run.py"), json.dumps(task)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": PATH},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        written = out / "result.json"
+        if fails:
+            assert done.returncode != 0 and not written.exists()
+            assert fails in done.stderr, done.stderr[-3000:]
+            return done.stderr
+        # The exit status counts for nothing: DeepSpeed aborts now and then when the interpreter ends after success.
+        assert written.exists(), done.stderr[-6000:]
+        result = json.loads(written.read_text())
+        assert (result["distributed_type"], result["zero_stage"]) == KINDS[kind] and result["ranks"] == [0, 1]
+        assert min(result["target_moved"].values()) > 1e-6 and result["target_dtypes"] == ["torch.float32"]
+        return result
+
+    return launch
+
+
+def series(result, name):
+    return [entry[name] for entry in result["log"] if name in entry]
+
+
+def assert_equal_losses(result, other):
+    for name in ("loss", "q_loss", "policy_loss", "target_mean", "kept_fraction"):
+        assert series(result, name) == pytest.approx(series(other, name), abs=1e-4), name
+    assert len(series(result, "loss")) == len(series(other, "loss")) > 0
+
+
+def difference(folder, other, *names):
+    """The largest difference of any weight in the saved files of these names."""
+    largest = 0.0
+    for name in names:
+        a, b = load_file(folder / "saved" / name), load_file(other / "saved" / name)
+        assert a.keys() == b.keys()
+        largest = max([largest, *((a[key].float() - b[key].float()).abs().max().item() for key in a)])
+    return largest
+
+
+def test_zero3_equals_ddp_online_and_resumes(launch, tmp_path, model_name):
+    config = {**VOCAB, **ONLINE, "save_strategy": "steps", "save_steps": 4}
+    ddp = launch("multi_gpu", "ddp", config, env="NumberLine", callback=True)
+    zero = launch("zero3", "zero", config, env="NumberLine", callback=True)
+    assert_equal_losses(ddp, zero)
+    assert series(zero, "env_turns")[-1] >= 60 and series(zero, "rollout_episodes") == series(ddp, "rollout_episodes")
+    assert ddp["restored"] and zero["restored"]
+    assert difference(tmp_path / "ddp", tmp_path / "zero", MODEL, CRITIC) < 1e-4
+
+    # The processes share the episodes of an evaluation, and the play of a run.
+    alone = tiny_models.build("idefics3")
+    model = type(alone[0]).from_pretrained(model_name)
+    seeds = small_runs.config(tmp_path).eval_seed
+    played = evaluate_model(
+        model, alone[1], small_runs.NUMBER_LINE, episodes=5, seed=seeds, max_completion_length=8, num_envs=2
+    )
+    for found in (ddp, zero):
+        assert found["evaluated"]["eval_episodes"] == 5
+        assert found["evaluated"]["eval_mean_return"] == played["mean_return"]
+        assert found["evaluated"]["eval_mean_turns"] == played["mean_turns"]
+    replay = tmp_path / "zero" / "replay"
+    offline = validate_trajectories(load_replay(replay, "offline"))
+    assert sorted(offline.episode_ids) == sorted(validate_trajectories(small_runs.number_line()).episode_ids)
+    online = load_replay(replay, "online")
+    numbers = sorted(seed - small_runs.config(tmp_path).rollout_seed for seed in online.unique("seed"))
+    assert {number % 2 for number in numbers} == {0, 1} and len(online) == series(zero, "env_turns")[-1]
+
+    # Bit by bit, from a checkpoint in the middle; the buffer has later rounds already.
+    resumed = launch(
+        "zero3", "zero", config, env="NumberLine", resume=str(tmp_path / "zero" / "checkpoint-4"), save=str(tmp_path)
+    )
+    assert_equal_losses(resumed, zero)
+    for name in (MODEL, CRITIC):
+        a, b = load_file(tmp_path / name), load_file(tmp_path / "zero" / "saved" / name)
+        assert all(torch.equal(a[key], b[key]) for key in b), name
+
+
+def test_half_precision_keeps_the_critic_exact(launch):
+    """DeepSpeed casts every parameter; the target heads stay float32, the online ones compute in it."""
+    whole = launch("zero2", "whole", SCALAR)
+    half = launch("zero2", "half", SCALAR, precision="bf16")
+    assert half["dtypes"] == ["torch.bfloat16"] and whole["dtypes"] == ["torch.float32"]
+    for name, tolerance in (("q_loss", 1e-3), ("target_std", 1e-3), ("loss", 0.05)):
+        assert series(half, name) == pytest.approx(series(whole, name), abs=tolerance)
+
+
+def test_a_failing_process_ends_all_with_its_error(launch, tmp_path):
+    error = launch("multi_gpu", "broken", {**SCALAR, **ONLINE}, env="broken", fails="the cable of rank 1 is unplugged")
+    assert "Process 1 failed while it collected" in error  # what the other one says
+    assert (tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").is_file()  # both have saved, together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [None, "NumberLine"], ids=["offline", "online"])
+@pytest.mark.parametrize(("lora", "critic"), list(itertools.product((False, True), (SCALAR, VOCAB))))
+def test_all_kinds_are_equal_over_20_steps_and_resume(env, lora, critic, launch, tmp_path):
+    config = {**critic, **(ONLINE if env else {}), "save_strategy": "steps", "save_steps": 10}
+    files = (ADAPTER if lora else MODEL, CRITIC)
+    runs = {kind: launch(kind, kind, config, steps=20, lora=lora, env=env) for kind in KINDS}
+    for kind, run in runs.items():
+        assert len(series(run, "loss")) == 20
+        assert_equal_losses(run, runs["multi_gpu"])
+        assert difference(tmp_path / kind, tmp_path / "multi_gpu", *files) < 1e-3
+    for kind in KINDS:
+        checkpoint, saved = tmp_path / kind / "checkpoint-10", tmp_path / f"{kind}_resumed"
+        launch(kind, kind, config, steps=20, lora=lora, env=env, resume=str(checkpoint), save=str(saved))
+        for name in files:
+            a, b = load_file(saved / name), load_file(tmp_path / kind / "saved" / name)
+            assert all(torch.equal(a[key], b[key]) for key in b), (kind, name)
