@@ -55,7 +55,6 @@ import trl
 import yaml
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -321,6 +320,11 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
         )
     if script.online and "vlmq" not in script.method:
         raise ValueError(f"`online` is for the method vlmq; `method` is {script.method}.")
+    if args.deepspeed_plugin is not None and len(script.method) > 1:
+        raise ValueError(
+            "DeepSpeed can be started once in a process: give one `method`, and the others in runs of their own with "
+            "the same `output_dir`, whose table has them all."
+        )
     offline_only = "vlmq" in script.method and not script.online
     if offline_only and args.off_policy_trace == "retrace" and script.dataset_path is None:
         raise ValueError(
@@ -531,7 +535,7 @@ def train(
     """
     args = copy.copy(args)
     args.output_dir = os.path.join(args.output_dir, method)
-    sharded = is_deepspeed_zero3_enabled() or bool(args.fsdp)
+    sharded = bool(args.fsdp)
     evaluation = EnvEvaluationCallback(
         script.env,
         eval_steps=int(args.eval_steps),
@@ -612,8 +616,9 @@ def check_space(args: VLMQConfig, model: torch.nn.Module, adapter_only: bool) ->
         OSError: says how much is free and how much is needed.
     """
     os.makedirs(args.output_dir, exist_ok=True)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    needed = trained if adapter_only else sum(p.numel() * p.element_size() for p in model.parameters())
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel()) * p.element_size()) for p in model.parameters()]
+    trained = sum(size for is_trained, size in sizes if is_trained)
+    needed = trained if adapter_only else sum(size for _, size in sizes)
     what = "the trained model takes"
     if args.save_strategy != "no":
         needed, what = needed + 2 * (needed + 3 * trained), "the trained model and its checkpoints take"
@@ -656,6 +661,7 @@ def test_model(
             agent_format=agent_format,
             workers=args.rollout_workers,
             env_timeout=args.env_timeout,
+            distributed=True,
         )
         played["successes"] = round(played["success_rate"] * episodes)
         played["seconds"] = time.perf_counter() - start

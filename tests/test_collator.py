@@ -119,6 +119,20 @@ def test_order_depends_on_seed_and_epoch_alone(lengths, n, seed, epoch):
     assert list(resumed) == rows == list(used)
 
 
+def test_with_several_processes_nothing_is_repeated():
+    index = Lengths([3, 1, 5, 9, 2])  # 20 turns
+    left_out = set()
+    for epoch in range(30):
+        sampler = SegmentSampler(index, 2, 0, multiple=6)
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        assert len(sampler) == len(rows) == len(set(rows)) == 18
+        left_out |= set(range(20)) - set(rows)
+    assert len(left_out) > 10  # others each time
+    with pytest.raises(ValueError, match="has 20 turns, and one batch for each process takes 32"):
+        SegmentSampler(index, 2, 0, multiple=32)
+
+
 def test_epochs_and_seeds_differ_in_order_and_cuts():
     index = Lengths([12] * 30)
     sampler = SegmentSampler(index, 4, seed=3)

@@ -96,6 +96,10 @@ def test_zero3_equals_ddp_online_and_resumes(launch, tmp_path, model_name):
     ddp = launch("multi_gpu", "ddp", config, env="NumberLine", callback=True)
     zero = launch("zero3", "zero", config, env="NumberLine", callback=True)
     assert_equal_losses(ddp, zero)
+    reported = next(entry["env_turns"] for entry in zero["log"] if "rollout_round" in entry)
+    assert reported == next(
+        e["rollout_episodes"] * e["rollout_mean_turns"] for e in zero["log"] if "rollout_round" in e
+    )
     assert series(zero, "env_turns")[-1] >= 60 and series(zero, "rollout_episodes") == series(ddp, "rollout_episodes")
     assert ddp["restored"] and zero["restored"]
     assert difference(tmp_path / "ddp", tmp_path / "zero", MODEL, CRITIC) < 1e-4

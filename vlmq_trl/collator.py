@@ -13,6 +13,7 @@ Axes: B rows of the batch (R turns, then the bootstrap rows), T tokens, S segmen
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,19 +36,38 @@ class SegmentSampler(Sampler[int]):
     Segments that follow one another, as all of an episode do without `shuffle`, join up as far as the batch reaches.
     Each epoch cuts the episodes at new places. The order depends on `seed` and the epoch alone, so that a resumed run
     sees what an uninterrupted one would have.
+
+    Args:
+        multiple: an epoch leaves out what is over a multiple of this number of turns: of a batch for each of several
+            processes, where accelerate would repeat turns to fill the last. Each epoch leaves out others.
+
+    Raises:
+        ValueError: there are fewer turns than `multiple`.
     """
 
-    def __init__(self, index: EpisodeIndex, segment_length: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self, index: EpisodeIndex, segment_length: int, seed: int, shuffle: bool = True, multiple: int = 1
+    ):
         self.first_row, self.length = np.asarray(index.first_row), np.asarray(index.length)
         self.segment_length, self.seed, self.shuffle, self.epoch = segment_length, seed, shuffle, 0
+        turns = int(self.length.sum())
+        self.turns = turns // multiple * multiple
+        if not self.turns:
+            raise ValueError(
+                f"The training data has {turns} turns, and one batch for each process takes {multiple}: lower "
+                "`per_device_train_batch_size`, or start fewer processes."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return int(self.length.sum())
+        return self.turns
 
     def __iter__(self) -> Iterator[int]:
+        return islice(self._rows(), self.turns)
+
+    def _rows(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
         n = self.segment_length
         # An episode's first segment is 1..n turns long, so that cuts fall everywhere over the epochs.

@@ -155,6 +155,11 @@ class OnlineData:
             "replay_turns": self.end - self.buffer.start(self.end) + self.buffer.num_offline,
         }
 
+    def _count(self) -> None:
+        if self.num_processes > 1:
+            counts = gather_object([self._own_counts()])
+            self._counts = {name: sum(one[name] for one in counts) for name in counts[0]}
+
     def _share_of(self, turns: int) -> int:
         """This process's part of a number of turns; the parts of all add up to it."""
         k, n = self.process, self.num_processes
@@ -175,13 +180,12 @@ class OnlineData:
 
     def advance(self, update: int) -> None:
         """Sees to it that the buffer has every round that is due before this update."""
-        due = range(self.round + 1, self.schedule.rounds_before(update) + 1)
-        for round in due:
+        if self._counts is None:
+            self._count()
+        for round in range(self.round + 1, self.schedule.rounds_before(update) + 1):
             self._obtain(round)
             self.round = round
-        if self.num_processes > 1 and (due or self._counts is None):
-            counts = gather_object([self._own_counts()])
-            self._counts = {name: sum(one[name] for one in counts) for name in counts[0]}
+            self._count()
 
     def _obtain(self, round: int) -> None:
         known = self.buffer.round_end(round)
@@ -224,6 +228,7 @@ class OnlineData:
             parts = gather_object(parts)
         if error is not None:
             raise error
+        self._count()
         if measured := measure(round, parts):
             self.report(measured)
 

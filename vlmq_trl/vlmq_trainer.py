@@ -325,7 +325,9 @@ class VLMQTrainer(SFTTrainer):
 
     def _segment_sampler(self, dataset: SegmentDataset, shuffle: bool) -> SegmentSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        dataset.sampler = SegmentSampler(dataset.index, self.args.segment_length, seed, shuffle)
+        n = self.args.world_size
+        multiple = n * self._train_batch_size if shuffle and n > 1 else 1
+        dataset.sampler = SegmentSampler(dataset.index, self.args.segment_length, seed, shuffle, multiple)
         return dataset.sampler
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
