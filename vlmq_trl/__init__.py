@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import envs as envs  # registers the environments
 
 if TYPE_CHECKING:
+    from .agent import VLMAgent
     from .agent_format import AgentFormat, CallableFormat, JSONCoTFormat, JSONFormat, PlainFormat, make_format
     from .callbacks import EnvEvaluationCallback
     from .critic import Critic, CriticConfig
@@ -60,6 +61,7 @@ __all__ = [
     "Rollouts",
     "TrajectoryError",
     "Turn",
+    "VLMAgent",
     "VLMQConfig",
     "VLMQTrainer",
     "collect_demonstrations",
@@ -84,6 +86,7 @@ __all__ = [
 
 # Where each name comes from, on its first use: a process that needs the environments only does not import torch.
 _HOMES = {
+    "agent": ["VLMAgent"],
     "agent_format": ["AgentFormat", "CallableFormat", "JSONCoTFormat", "JSONFormat", "PlainFormat", "make_format"],
     "callbacks": ["EnvEvaluationCallback"],
     "critic": ["Critic", "CriticConfig"],

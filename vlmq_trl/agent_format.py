@@ -404,6 +404,17 @@ def make_format(
     raise ValueError(f"Unknown agent format {name!r}: use 'plain', 'json' or 'json_cot', or pass an AgentFormat.")
 
 
+def format_arguments(agent_format: AgentFormat) -> dict[str, Any] | None:
+    """The arguments by which `make_format` makes it again; None if it cannot (a user's own class or functions)."""
+    fields = getattr(agent_format, "reading_fields", ())
+    arguments: dict[str, Any] = {"name": agent_format.name, "history": agent_format.history}
+    arguments |= {"system_prompt": agent_format.system_prompt, "reading_fields": list(fields)}
+    try:
+        return arguments if make_format(**arguments) == agent_format else None
+    except ValueError:
+        return None
+
+
 def check_format(agent_format: Any) -> None:
     """Raises TypeError unless it is an `AgentFormat`, or None (the environment's own)."""
     if agent_format is not None and not isinstance(agent_format, AgentFormat):

@@ -45,9 +45,7 @@ class SegmentSampler(Sampler[int]):
         ValueError: there are fewer turns than `multiple`.
     """
 
-    def __init__(
-        self, index: EpisodeIndex, segment_length: int, seed: int, shuffle: bool = True, multiple: int = 1
-    ):
+    def __init__(self, index: EpisodeIndex, segment_length: int, seed: int, shuffle: bool = True, multiple: int = 1):
         self.first_row, self.length = np.asarray(index.first_row), np.asarray(index.length)
         self.segment_length, self.seed, self.shuffle, self.epoch = segment_length, seed, shuffle, 0
         turns = int(self.length.sum())

@@ -30,7 +30,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput, cached_file
 from trl.kernels import ChunkedLogProbFunction
 
@@ -410,6 +417,22 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
     )
     auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     return auto_class.from_pretrained(name, **kwargs)
+
+
+def load_processor(name: str, config: Any, **kwargs: Any) -> Any:
+    """The processor or tokenizer saved beside a model or adapter, or else that of an adapter's base model.
+
+    Args:
+        config: the opened model's.
+        **kwargs: `trust_remote_code`, and `hub_arguments`.
+    """
+    hub_kwargs = hub_arguments(kwargs)
+    if any(find_file(name, f"{kind}_config.json", **hub_kwargs) for kind in ("processor", "preprocessor")):
+        return AutoProcessor.from_pretrained(name, **kwargs)
+    if find_file(name, "tokenizer_config.json", **hub_kwargs) is not None:
+        return AutoTokenizer.from_pretrained(name, config=config, **kwargs)
+    base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
+    return AutoProcessor.from_pretrained(config._name_or_path, **base_kwargs)
 
 
 def has_critic(name: str | os.PathLike, **hub_kwargs: Any) -> bool:

@@ -52,6 +52,22 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
 
 
 # What a model's own generation config may hold and `generate` would add: the policy is the softmax of the logits.
+def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase, response: str) -> list[int]:
+    """The tokens of a response as training sees it, by the chat template, its end token included."""
+    multimodal = isinstance(processing_class, ProcessorMixin)
+
+    def content(text: str) -> Any:
+        return [{"type": "text", "text": text}] if multimodal else text
+
+    example = {
+        "prompt": [{"role": "user", "content": content("")}],
+        "completion": [{"role": "assistant", "content": content(response)}],
+    }
+    completion = apply_chat_template(example, processing_class)["completion"]
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+
+
 UNTOUCHED_LOGITS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
 FULL_SUPPORT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
@@ -110,7 +126,7 @@ class ModelPolicy:
 
     def act(self, requests: list[Request]) -> list[Response]:
         """Answers all requests."""
-        rows = [self._render(request) for request in requests]
+        rows = [self.render(request) for request in requests]
         if self.memory is None:
             return self._generate_all(rows)
         keys = [
@@ -120,7 +136,8 @@ class ModelPolicy:
         self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
         return [self.memory[key] for key in keys]
 
-    def _render(self, request: Request) -> tuple[str, list[np.ndarray]]:
+    def render(self, request: Request) -> tuple[str, list[np.ndarray]]:
+        """The prompt's text by the chat template, and its images."""
         prompt = prepare_multimodal_messages(request.prompt, images=list(request.images))
         if not isinstance(self.processing_class, ProcessorMixin):
             prompt = flatten_content(prompt)
@@ -169,13 +186,7 @@ class ModelPolicy:
             tokens, log_probs: of one row, padded after its end.
         """
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
-        multimodal = isinstance(self.processing_class, ProcessorMixin)
-        example = {
-            "prompt": [{"role": "user", "content": [{"type": "text", "text": ""}] if multimodal else ""}],
-            "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}] if multimodal else text}],
-        }
-        completion = apply_chat_template(example, self.processing_class)["completion"]
-        learned = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        learned = completion_tokens(self.processing_class, text)
         self.responses += 1
         if learned[:end] == tokens[:end]:
             return log_probs[:end]

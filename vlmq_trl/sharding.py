@@ -43,7 +43,7 @@ def reads(module: nn.Module, parameters: Iterable[nn.Parameter | None]) -> None:
 def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> Iterator[None]:
     """The parameters are whole inside. With `write` what rank 0 makes of them is kept, else they are only read."""
     # Twice in the list, as a tied weight would be, is an error to DeepSpeed.
-    split = {id(p): p for p in parameters if hasattr(p, "ds_id")}
+    split: dict[int, Any] = {id(p): p for p in parameters if hasattr(p, "ds_id")}
     if not write:  # one that is whole already would be split at the end, perhaps in the middle of its module's forward
         split = {key: p for key, p in split.items() if p.ds_status.name != "AVAILABLE"}
     if not split:

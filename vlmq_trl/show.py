@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import torch
 
 from vlmq_trl.agent_format import AgentFormat, default_format, make_format
 from vlmq_trl.env_pool import EnvFailureError, EnvSpec, make_env
 from vlmq_trl.envs import make_demonstrator
-from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.recorder import EpisodeRecorder
 from vlmq_trl.rollout import DemonstratorPolicy, Policy, play_episodes
 from vlmq_trl.trajectory import Episode
@@ -82,15 +80,12 @@ def show_episodes(
     return list(EpisodeRecorder(folder, episodes, html=True).watch(played))
 
 
-def load_policy(name: str, temperature: float, max_completion_length: int) -> ModelPolicy:
+def load_policy(name: str, temperature: float, max_completion_length: int) -> Policy:
     """A saved model, adapter or Hub repository as a policy, on the GPU where there is one."""
-    from transformers import AutoProcessor
+    from vlmq_trl.agent import VLMAgent
 
-    from vlmq_trl.modeling import load_pretrained
-
-    model = load_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    processor = AutoProcessor.from_pretrained(name)
-    return ModelPolicy(model, processor, temperature=temperature, max_completion_length=max_completion_length)
+    agent = VLMAgent.from_pretrained(name, temperature=temperature, max_completion_length=max_completion_length)
+    return agent.policy()
 
 
 def env_option(text: str) -> tuple[str, Any]:

@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -46,6 +44,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import losses
+from .agent import CARD_NAME, agent_card
 from .agent_format import AgentFormat, check_format, default_format
 from .callbacks import newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
@@ -53,12 +52,12 @@ from .critic import CriticConfig
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
     ValueHeadOutput,
-    find_file,
     has_adapter,
     has_critic,
     hub_arguments,
     load_critic_config,
     load_pretrained,
+    load_processor,
     require_adapter_weights,
 )
 from .online import AsyncOnlineData, OnlineData, Schedule
@@ -195,7 +194,8 @@ class VLMQTrainer(SFTTrainer):
             if quantization_config is not None:
                 init_kwargs["quantization_config"], quantization_config = quantization_config, None
             opened = load_pretrained(model, is_trainable=True, **{"dtype": "float32", **init_kwargs})
-            processing_class = processing_class or _own_processor(model, opened.config, init_kwargs)
+            own_kwargs = {"trust_remote_code": init_kwargs["trust_remote_code"], **hub_kwargs}
+            processing_class = processing_class or load_processor(model, opened.config, **own_kwargs)
             model = opened
         # For the time of the call: `Trainer` wants an `eval_dataset` wherever there is an evaluation, where an
         # environment will do; and `model_init_kwargs` are for a name that is still to be opened.
@@ -820,6 +820,11 @@ class VLMQTrainer(SFTTrainer):
         self.processing_class.save_pretrained(output_dir)
         # `to_json_string` hides the tokens.
         (Path(output_dir) / CONFIG_NAME).write_text(self.args.to_json_string())
+        (Path(output_dir) / CARD_NAME).write_text(json.dumps(self._agent_card, indent=2) + "\n")
+
+    @functools.cached_property
+    def _agent_card(self) -> dict[str, Any]:
+        return agent_card(self.eval_env, self.agent_format, self.args.max_completion_length)
 
     def save_replay_manifest(self) -> None:
         """Beside a checkpoint's weights, what the replay buffer held then."""
@@ -931,17 +936,6 @@ def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
     mask = torch.zeros(shape, dtype=torch.bool, device=segment.device)
     mask[inverse, position] = True
     return losses.token_returns(mask=mask, **dense)[inverse, position]
-
-
-def _own_processor(name: str, config: Any, init_kwargs: dict[str, Any]) -> Any:
-    """The processor or tokenizer saved beside an adapter; None if there is none: the base model's is used then."""
-    hub_kwargs = hub_arguments(init_kwargs)
-    kwargs = {"trust_remote_code": init_kwargs["trust_remote_code"], **hub_kwargs}
-    if any(find_file(name, f"{kind}_config.json", **hub_kwargs) for kind in ("processor", "preprocessor")):
-        return AutoProcessor.from_pretrained(name, **kwargs)
-    if find_file(name, "tokenizer_config.json", **hub_kwargs) is not None:
-        return AutoTokenizer.from_pretrained(name, config=config, **kwargs)
-    return None
 
 
 def _has_log_probs(dataset: Dataset) -> bool:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VLMAgent`: what a trainer saved, opened and played with."""
+
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests import small_runs, tiny_models
+from tests.small_runs import NUMBER_LINE
+from vlmq_trl import (
+    AutoModelForImageTextToTextWithValueHead,
+    CallableFormat,
+    VLMAgent,
+    VLMQTrainer,
+    episode_metrics,
+    make_format,
+)
+from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
+from vlmq_trl.rollout import Request
+from vlmq_trl.trajectory import validate_trajectories
+
+LORA = LoraConfig(target_modules=r".*text_model.*\.(q_proj|v_proj)", r=4)
+
+
+def train(folder, family="idefics3", lora=False, **kwargs):
+    """Two updates; the trainer, whose model is saved in `folder`."""
+    torch.manual_seed(0)
+    model, processor = tiny_models.build(family)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    model = type(model).from_pretrained(folder / "base")  # so that an adapter knows where its base is
+    text = family not in tiny_models.VLM_NAMES
+    data = small_runs.text_number_line() if text else small_runs.number_line()
+    trainer = VLMQTrainer(
+        model,
+        small_runs.config(folder / "agent", max_steps=2, **kwargs),
+        train_dataset=data,
+        eval_env=small_runs.TextNumberLine if text else NUMBER_LINE,
+        processing_class=processor,
+        peft_config=LORA if lora else None,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = train(folder, lora=True, critic_type="vocab", off_policy_trace="tree_backup")
+    return trainer, folder / "agent"
+
+
+@pytest.fixture
+def seen():
+    env = gymnasium.make(NUMBER_LINE)
+    observation, _ = env.reset(seed=0)
+    return observation, env.unwrapped.task
+
+
+def test_an_adapter_opens_with_all_it_needs(trained, seen):
+    trainer, folder = trained
+    agent = VLMAgent.from_pretrained(folder)
+    assert agent.env == NUMBER_LINE and agent.max_completion_length == 8 and agent.critic is not None
+    assert agent.agent_format == make_format("json_cot", reading_fields=("current number", "target number"))
+    answer = agent.act(*seen)
+    assert answer.response and answer.value is None
+    assert (answer.action, answer.valid) == ("", False)  # it has not learned to speak
+    played = episode_metrics(agent.play(episodes=4, seed=trainer.args.eval_seed))
+    assert played == {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k[5:] in played}
+
+
+def test_the_card_is_json_and_is_checked(trained, tmp_path):
+    _, folder = trained
+    card = json.loads((folder / "agent.json").read_text())
+    assert card["env_id"] == NUMBER_LINE and card["agent_format"]["name"] == "json_cot"
+    for text in ("[]", "{", '{"agent_format": {"name": "telepathy"}}', '{"agent_format": {"colour": "red"}}'):
+        (tmp_path / "agent.json").write_text(text)
+        with pytest.raises(ValueError, match="is not an agent's card"):
+            VLMAgent.from_pretrained(tmp_path)
+
+
+def test_functions_of_ones_own_are_asked_for(tmp_path, seen):
+    trainer = train(tmp_path)
+    trainer.agent_format, trainer.eval_env = CallableFormat(parse_fn=str.strip), lambda: gymnasium.make(NUMBER_LINE)
+    trainer.__dict__.pop("_agent_card")
+    trainer.save_model()
+    agent = VLMAgent.from_pretrained(tmp_path / "agent")
+    with pytest.raises(ValueError, match="Give `agent_format`"):
+        agent.act(*seen)
+    with pytest.raises(ValueError, match="Give `env`"):
+        agent.play()
+    mine = VLMAgent.from_pretrained(tmp_path / "agent", agent_format=CallableFormat(parse_fn=lambda text: "+"))
+    assert mine.act(*seen).action == "+"
+
+
+def test_without_a_critic_there_are_no_values(trained, seen):
+    trainer, _ = trained
+    agent = VLMAgent(trainer.model.pretrained_model, trainer.processing_class, env=NUMBER_LINE)
+    with pytest.raises(ValueError, match="There is no critic beside this model"):
+        agent.token_values(seen[0], "+", seen[1])
+    with pytest.raises(ValueError, match="`best_of=3`: it must be at least 1, and above 1 it needs a critic"):
+        agent.act(*seen, best_of=3)
+
+
+@pytest.mark.parametrize("family", [*tiny_models.VLM_NAMES, *tiny_models.TEXT_NAMES])
+def test_token_values_are_those_of_the_training(family, tmp_path):
+    """Q, V and log-probabilities of data rows, as the trainer's own collator and model give them."""
+    trainer = train(tmp_path, family)
+    # With the processor at hand: some of these families' are of a class of the tests' own.
+    opened = AutoModelForImageTextToTextWithValueHead.from_pretrained(tmp_path / "agent")
+    agent = VLMAgent(opened, trainer.processing_class)
+    data, model, critic = trainer.train_dataset, trainer.model.eval(), trainer.model.critic
+    rows = [0, 3, 5]
+    items = SegmentDataset(data, validate_trajectories(data), 1.0).__getitems__(rows)
+    batch = VLMQDataCollator(trainer.processing_class)(items)
+    inputs = {k: v for k, v in batch.items() if not k.startswith(("turn_", "segment_"))}
+    with torch.no_grad():
+        output = model(**inputs)
+    requests, responses = [], []
+    for k in rows:
+        images = [np.asarray(image) for image in data[k].get("images") or ()]
+        requests.append(Request(None, data[k]["prompt"], images, np.random.default_rng(0)))
+        responses.append(data[k]["completion"][0]["content"])
+    responses = [text if isinstance(text, str) else text[0]["text"] for text in responses]
+    scored = agent.score(requests, responses, batch_size=2)
+    values = [value for row in scored for value in row]
+    q = critic.target_mean + critic.target_std * output.q_values.mean(-1)
+    v = critic.target_mean + critic.target_std * output.state_values.mean(-1)
+    assert [value.log_prob for value in values] == pytest.approx(output.log_probs.tolist(), abs=1e-4)
+    assert [value.q for value in values] == pytest.approx(q.tolist(), abs=1e-4)
+    assert [value.v for value in values] == pytest.approx(v.tolist(), abs=1e-4)
+    assert [value.advantage for value in values] == pytest.approx((q - v).tolist(), abs=1e-4)
+    for row, response in zip(scored, responses, strict=True):
+        assert "".join(value.token for value in row[:-1]).strip() == response.strip()
+
+
+def test_best_of_n_takes_the_response_of_the_highest_q(trained, seen):
+    _, folder = trained
+    agent = VLMAgent.from_pretrained(folder)
+    torch.manual_seed(3)
+    best = agent.act(*seen, best_of=6)
+    policy = VLMAgent.from_pretrained(folder, temperature=1.0).policy()
+    torch.manual_seed(3)
+    prompt, images = agent.agent_format.build_prompt(seen[1], seen[0])
+    request = Request(None, prompt, images, np.random.default_rng(0))
+    responses = [response.text for response in policy.act([request] * 6)]
+    q = [row[-1].q for row in agent.score([request] * 6, responses)]
+    assert len(set(responses)) > 1 and best.response == responses[int(np.argmax(q))]
+    assert best.value == pytest.approx(max(q), abs=1e-5)
+    assert len(agent.play(episodes=2, best_of=2)) == 2

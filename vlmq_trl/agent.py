@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VLMAgent`: a saved model, its processor, the way it sees and answers and, where there is one, its critic, as
+something that plays.
+
+Contents: `VLMAgent`, `Answer`, `TokenValue`, `BestOfPolicy`; `agent_card`, which says how a model was taught to see.
+
+Axes: B rows, T tokens, A response tokens of all rows, N critics.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from .agent_format import AgentFormat, Exchange, default_format, format_arguments, make_format
+from .critic import Critic
+from .modeling import (
+    AutoModelForImageTextToTextWithValueHead,
+    find_file,
+    has_critic,
+    hub_arguments,
+    load_pretrained,
+    load_processor,
+)
+from .policy import ModelPolicy, completion_tokens
+from .rollout import EnvSpec, Request, Response, make_env, play_episodes
+from .trajectory import Episode
+
+CARD_NAME = "agent.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the agent does.
+
+    Attributes:
+        response: its whole text.
+        action: read from that, "" if there is none.
+        valid: whether the response follows the format.
+        value: the critic's Q of the response, in units of return; None without a critic, or where it was not asked.
+    """
+
+    response: str
+    action: str
+    valid: bool
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenValue:
+    """One token of a response as policy and critic see it; values in units of return.
+
+    Attributes:
+        token: its text.
+        log_prob: log pi(a_t|s_t).
+        q: Q(s_t, a_t), mean over the ensemble.
+        v: V(s_t).
+    """
+
+    token: str
+    log_prob: float
+    q: float
+    v: float
+
+    @property
+    def advantage(self) -> float:
+        """Q - V: what the filter of the training looked at."""
+        return self.q - self.v
+
+
+class VLMAgent:
+    """An agent that plays.
+
+    ```python
+    >>> agent = VLMAgent.from_pretrained("user/repo")
+    >>> agent.act(observation).action
+    >>> episodes = agent.play("vlmq_trl/NumberLine-v0", episodes=10)
+    >>> agent.token_values(observation, response)  # with a critic
+    ```
+
+    Args:
+        model: a model, adapter or `AutoModelForImageTextToTextWithValueHead`; it is put into evaluation mode.
+        processing_class: its processor, or tokenizer for text-only models.
+        agent_format: how observations become messages and responses actions; None for each environment's own.
+        env: what it was trained in; `play`'s default.
+        temperature: of its answers; 0 is greedy.
+        max_completion_length: longest response in tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        agent_format: AgentFormat | None = None,
+        *,
+        env: EnvSpec | None = None,
+        temperature: float = 0.0,
+        max_completion_length: int = 256,
+    ):
+        self.model, self.processing_class = model.eval(), processing_class
+        self.agent_format, self.env = agent_format, env
+        self.temperature, self.max_completion_length = temperature, max_completion_length
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *,
+        agent_format: AgentFormat | None = None,
+        env: EnvSpec | None = None,
+        temperature: float = 0.0,
+        max_completion_length: int | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "VLMAgent":
+        """Opens what a trainer saved or pushed: a whole model or an adapter, its critic if there is one, and the card
+        that says how it sees, unless the arguments say otherwise.
+
+        Args:
+            name: a folder, or a repository on the Hub.
+            device: default the GPU where there is one.
+            **kwargs: go to the model class' `from_pretrained` (`dtype`, `revision`, `token`, ...).
+
+        Raises:
+            OSError: there is no model, or only in a pickle.
+            ValueError: a card or a critic that does not fit.
+        """
+        name, hub_kwargs = str(name), hub_arguments(kwargs)
+        card = _read_card(name, hub_kwargs)
+        opened = AutoModelForImageTextToTextWithValueHead if has_critic(name, **hub_kwargs) else None
+        model = opened.from_pretrained(name, **kwargs) if opened else load_pretrained(name, **kwargs)
+        length = card.get("max_completion_length", 256) if max_completion_length is None else max_completion_length
+        known = card.get("agent_format")
+        return cls(
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            load_processor(name, model.config, **hub_kwargs, trust_remote_code=kwargs.get("trust_remote_code", False)),
+            agent_format if agent_format is not None else make_format(**known) if known else None,
+            env=card.get("env_id") if env is None else env,
+            temperature=temperature,
+            max_completion_length=length,
+        )
+
+    @property
+    def critic(self) -> Critic | None:
+        return self.model.critic if isinstance(self.model, AutoModelForImageTextToTextWithValueHead) else None
+
+    # ---- acting ----
+
+    def act(
+        self,
+        observation: Mapping[str, Any],
+        task: str = "",
+        history: Sequence[Exchange] = (),
+        *,
+        best_of: int = 1,
+    ) -> Answer:
+        """Answers one observation, a mapping with "image" (uint8 [H, W, 3]), "text" or both.
+
+        Args:
+            task: the environment's task text.
+            history: earlier turns of the episode, oldest first, where the format wants them.
+            best_of: samples as many responses and takes the one that the critic values most.
+        """
+        fmt = self._format()
+        prompt, images = fmt.build_prompt(task, observation, history)
+        request = Request(None, prompt, images, np.random.default_rng(0))
+        policy = self.policy(best_of=best_of)
+        (response,) = policy.act([request])
+        parsed = fmt.parse(response.text)
+        value = policy.values[0] if isinstance(policy, BestOfPolicy) else None
+        return Answer(response.text, parsed.action, parsed.valid, value)
+
+    def play(
+        self, env: EnvSpec | None = None, *, episodes: int = 1, seed: int = 0, best_of: int = 1, **kwargs: Any
+    ) -> list[Episode]:
+        """Plays episodes; `episode_metrics` measures them.
+
+        Args:
+            env: default what it was trained in.
+            **kwargs: as `play_episodes` (`num_envs`, `env_kwargs`, `max_turns`, `workers`, `progress`, ...).
+
+        Raises:
+            ValueError: no environment is known.
+        """
+        env = self.env if env is None else env
+        if env is None:
+            raise ValueError("Which environment? Give `env`: the agent's card names none.")
+        kwargs.setdefault("agent_format", self.agent_format)
+        policy = self.policy(best_of=best_of)
+        return list(play_episodes(env, policy, episodes=episodes, seed=seed, **kwargs))
+
+    def policy(self, best_of: int = 1) -> "ModelPolicy | BestOfPolicy":
+        """The agent as a `Policy`, for `play_episodes`, `record_play` and their kin."""
+        if best_of < 1 or (best_of > 1 and self.critic is None):
+            raise ValueError(f"`best_of={best_of}`: it must be at least 1, and above 1 it needs a critic.")
+        if best_of > 1:
+            return BestOfPolicy(self, best_of)
+        return ModelPolicy(
+            self.model,
+            self.processing_class,
+            temperature=self.temperature,
+            max_completion_length=self.max_completion_length,
+        )
+
+    def _format(self) -> AgentFormat:
+        if self.agent_format is not None:
+            return self.agent_format
+        if self.env is None:
+            raise ValueError("How does it see and answer? Give `agent_format`: the agent's card names none.")
+        made = make_env(self.env)
+        try:
+            self.agent_format = default_format(made)
+        finally:
+            made.close()
+        return self.agent_format
+
+    # ---- the critic ----
+
+    def token_values(
+        self, observation: Mapping[str, Any], response: str, task: str = "", history: Sequence[Exchange] = ()
+    ) -> list[TokenValue]:
+        """What policy and critic make of each token of a response, its end token included.
+
+        Raises:
+            ValueError: there is no critic.
+        """
+        prompt, images = self._format().build_prompt(task, observation, history)
+        (values,) = self.score([Request(None, prompt, images, np.random.default_rng(0))], [response])
+        return values
+
+    @torch.no_grad()
+    def score(
+        self, requests: Sequence[Request], responses: Sequence[str], batch_size: int = 32
+    ) -> list[list[TokenValue]]:
+        """`token_values` of many responses, one to each request."""
+        critic = self.critic
+        if critic is None:
+            raise ValueError("There is no critic beside this model; only a VLMQ run saves one.")
+        found: list[list[TokenValue]] = []
+        for start in range(0, len(requests), batch_size):
+            rows = list(zip(requests[start : start + batch_size], responses[start : start + batch_size], strict=True))
+            inputs, tokens = self._inputs(rows)
+            output = self.model(**inputs)
+            v = output.target_state_values if output.state_values is None else output.state_values
+            mean, std = critic.target_mean, critic.target_std
+            columns = [output.log_probs, output.q_values.mean(-1) * std + mean, v.mean(-1) * std + mean]
+            values = torch.stack([column.float() for column in columns], dim=1).split([len(row) for row in tokens])
+            for ids, own in zip(tokens, values, strict=True):
+                texts = [self._tokenizer.decode([token]) for token in ids]
+                found.append([TokenValue(text, *row) for text, row in zip(texts, own.tolist(), strict=True)])
+        return found
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    def _inputs(self, rows: Sequence[tuple[Request, str]]) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """Right-padded inputs with `labels` on the responses, [B, T]; and the responses' tokens."""
+        renderer = ModelPolicy(self.model, self.processing_class)
+        texts, completions = [], []
+        for request, response in rows:
+            text, _ = renderer.render(request)
+            texts.append(text)
+            completions.append(completion_tokens(self.processing_class, response))
+        images = [list(request.images) for request, _ in rows]
+        inputs = self.processing_class(
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,
+            **({"images": images} if any(images) else {}),
+        )
+        longest, prompt = max(map(len, completions)), inputs["input_ids"].shape
+        labels = torch.full((prompt[0], prompt[1] + longest), -100)
+        for k, tokens in enumerate(completions):
+            labels[k, prompt[1] : prompt[1] + len(tokens)] = torch.tensor(tokens)
+        answered = labels[:, prompt[1] :]
+        pad = self._tokenizer.pad_token_id or 0
+        made: dict[str, Tensor] = {}
+        for name, value in inputs.items():
+            if value.shape[:2] != prompt:  # pixels
+                made[name] = value
+                continue
+            filled = {"input_ids": answered.masked_fill(answered == -100, pad), "attention_mask": (answered != -100)}
+            more = filled.get(name, torch.zeros_like(answered)).to(value.dtype)
+            made[name] = torch.cat([value, more], dim=1)
+        made["labels"] = labels
+        return {name: value.to(self.model.device) for name, value in made.items()}, completions
+
+
+class BestOfPolicy:
+    """Samples n responses to each request, at temperature 1 unless the agent has another, and gives the one whose last
+    token the critic values most: Q of the whole response.
+
+    Attributes:
+        values: of the responses of the last `act`, in units of return.
+    """
+
+    def __init__(self, agent: VLMAgent, n: int):
+        self.agent, self.n = agent, n
+        self.values: list[float] = []
+        self._policy = ModelPolicy(
+            agent.model,
+            agent.processing_class,
+            temperature=agent.temperature or 1.0,
+            max_completion_length=agent.max_completion_length,
+        )
+
+    def act(self, requests: list[Request]) -> list[Response]:
+        repeated = [request for request in requests for _ in range(self.n)]
+        responses = self._policy.act(repeated)
+        scores = [values[-1].q for values in self.agent.score(repeated, [response.text for response in responses])]
+        best = [max(range(k, k + self.n), key=scores.__getitem__) for k in range(0, len(repeated), self.n)]
+        self.values = [scores[k] for k in best]
+        return [Response(responses[k].text) for k in best]
+
+
+def agent_card(env: EnvSpec | None, agent_format: AgentFormat | None, max_completion_length: int) -> dict[str, Any]:
+    """What `agent.json` says, so that an agent opens with no argument: `env_id`, `agent_format` (None for functions of
+    the user's own), `max_completion_length`."""
+    if agent_format is None and env is not None:
+        made = make_env(env)
+        try:
+            agent_format = default_format(made)
+        finally:
+            made.close()
+    return {
+        "env_id": env if isinstance(env, str) else None,
+        "agent_format": None if agent_format is None else format_arguments(agent_format),
+        "max_completion_length": max_completion_length,
+    }
+
+
+def _read_card(name: str, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    path = find_file(name, CARD_NAME, **hub_kwargs)
+    if path is None:
+        return {}
+    try:
+        card = json.loads(Path(path).read_text())
+        if not isinstance(card, dict):
+            raise TypeError("it is no object")
+        if card.get("agent_format") is not None:
+            make_format(**card["agent_format"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{CARD_NAME} of {name} is not an agent's card: {error}") from None
+    return card
