@@ -41,7 +41,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from . import losses
 from .agent import CARD_NAME, agent_card
@@ -49,6 +49,7 @@ from .agent_format import AgentFormat, check_format, default_format
 from .callbacks import newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
+from .model_card import CURVE_NAME, evaluations, model_card, plot_success
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
     ValueHeadOutput,
@@ -825,6 +826,40 @@ class VLMQTrainer(SFTTrainer):
     @functools.cached_property
     def _agent_card(self) -> dict[str, Any]:
         return agent_card(self.eval_env, self.agent_format, self.args.max_completion_length)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes `README.md` (`model_card`), and a picture of success against steps, to `output_dir`."""
+        if not self.is_world_process_zero():
+            return
+        folder, own = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model).pretrained_model
+        folder.mkdir(parents=True, exist_ok=True)
+        base_model = get_config_model_id(own.config)
+        played = evaluations(self.state.log_history)
+        if len(played) > 1:
+            plot_success(played, folder / CURVE_NAME)
+        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        trackers = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+        model_card(
+            model_name=model_name or folder.name,
+            repo_id=self.hub_model_id or str(folder),
+            base_model=None if not base_model or Path(base_model).is_dir() else base_model,
+            dataset_name=dataset_name,
+            tags=[*dict.fromkeys([*self._tag_names, *given])],
+            is_adapter=isinstance(own, PeftModel),
+            sees_images=isinstance(self.processing_class, ProcessorMixin),
+            env_id=self._agent_card["env_id"],
+            arguments=self.args.to_dict(),
+            played=played,
+            best_step=best,
+            curve=CURVE_NAME if len(played) > 1 else None,
+            links=[f"Logs: [{name}]({url})." for name, url in trackers.items() if url],
+        ).save(folder / "README.md")
 
     def save_replay_manifest(self) -> None:
         """Beside a checkpoint's weights, what the replay buffer held then."""

@@ -32,7 +32,7 @@ FLOORS = {
         "remote",
         "recorder",
     },
-    3: {"callbacks", "online", "vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
+    3: {"callbacks", "model_card", "online", "vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
     4: {"show"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
