@@ -59,6 +59,8 @@ def main() -> None:
         result["restored"] = best_weights_are_put_back(trainer, callback, trained)
     if task.get("save"):
         trainer.save_model(task["save"])
+    if task.get("push"):
+        trainer.push_to_hub()
     with gathered(trained):
         dtypes = sorted({str(p.dtype) for p in trained})
     result |= {
