@@ -185,6 +185,8 @@ class VLMQTrainer(SFTTrainer):
                 )
             args.metric_for_best_model = None
 
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # the target heads are buffers, and every process computes the same
         init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         hub_kwargs = hub_arguments(init_kwargs)
