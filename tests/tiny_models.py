@@ -112,16 +112,75 @@ def llava() -> tuple[Any, Any]:
     return tf.LlavaForConditionalGeneration(config), processor
 
 
-class ImageOnlyQwen25VLProcessor(tf.Qwen2_5_VLProcessor):
-    """Without the video processor, which needs torchvision."""
+def llava_onevision() -> tuple[Any, Any]:
+    """SigLIP tower, 32 image tokens and one for the newline of the picture's rows: the whole and one tile."""
+    tokenizer = make_tokenizer("<image>", "<video>")
+    images = tf.LlavaOnevisionImageProcessorPil(size={"height": 64, "width": 64}, image_grid_pinpoints=[[64, 64]])
+    processor = ImageOnlyLlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=chat_template("<image>"),
+    )
+    config = tf.LlavaOnevisionConfig(
+        vision_config=dict(model_type="siglip_vision_model", vision_use_head=False, **VISION),
+        text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[64, 64]],
+    )
+    return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
+
+def internvl() -> tuple[Any, Any]:
+    """4 image tokens."""
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = make_tokenizer(*named.values(), **named)
+    images = tf.GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}, max_patches=1)
+    template = chat_template("<IMG_CONTEXT>")
+    processor = ImageOnlyInternVLProcessor(images, tokenizer, image_seq_length=4, chat_template=template)
+    config = tf.InternVLConfig(
+        vision_config={**VISION, "image_size": [64, 64], "patch_size": [16, 16]},
+        text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    return tf.InternVLForConditionalGeneration(config), processor
+
+
+# Processors without their video part, which needs torchvision.
+
+
+class ImageOnlyLlavaOnevisionProcessor(tf.LlavaOnevisionProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+
+class ImageOnlyInternVLProcessor(tf.InternVLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+
+class ImageOnlyQwen2VLProcessor(tf.Qwen2VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
+
+class ImageOnlyQwen25VLProcessor(tf.Qwen2_5_VLProcessor):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
 
 class ImageOnlyQwen3VLProcessor(tf.Qwen3VLProcessor):
-    """Without the video processor, which needs torchvision."""
-
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
@@ -138,6 +197,27 @@ def _qwen_tokens() -> tuple[Any, dict[str, int]]:
 
 
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def qwen2_vl() -> tuple[Any, Any]:
+    """Between 4 and 16 image tokens."""
+    tokenizer, ids = _qwen_tokens()
+    images = tf.Qwen2VLImageProcessorPil(
+        patch_size=14, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    )
+    processor = ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    vision = {
+        "depth": 2,
+        "embed_dim": 96,
+        "mlp_ratio": 2,
+        "num_heads": 4,
+        "patch_size": 14,
+        "hidden_size": TEXT["hidden_size"],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 8, 8]}
+    text = dict(vocab_size=len(tokenizer), rope_parameters=rope, **TEXT)
+    config = tf.Qwen2VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+    return tf.Qwen2VLForConditionalGeneration(config), processor
 
 
 def qwen2_5_vl() -> tuple[Any, Any]:
@@ -236,13 +316,16 @@ def qwen3() -> tuple[Any, Any]:
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "idefics3": idefics3,
     "llava": llava,
+    "llava_onevision": llava_onevision,
+    "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
     "gemma3": gemma3,
     "llama": llama,
     "qwen3": qwen3,
 }
-VLM_NAMES = ("idefics3", "llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
+VLM_NAMES = ("idefics3", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3")
 TEXT_NAMES = ("llama", "qwen3")
 
 
