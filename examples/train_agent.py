@@ -557,6 +557,8 @@ def train(
     )
     args.model_init_kwargs = None  # applied above
     peft_config = get_peft_config(model_config)
+    if peft_config is not None and peft_config.target_modules is None:
+        peft_config.target_modules = "all-linear"  # but for the head; PEFT has no default for most of these families
     if script.freeze_vision_tower:
         if peft_config is not None:
             peft_config.exclude_modules = r".*(vision|visual).*"

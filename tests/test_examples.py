@@ -317,12 +317,14 @@ def test_data_that_must_not_be_trained_on(env_id, seed, message, model_name, tmp
 
 
 @pytest.mark.parametrize("method", ["sft", "vlmq"])
-def test_the_vision_tower_is_frozen_for_lora_too(method, model_name, tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], None], ids=["chosen", "default"])
+def test_the_vision_tower_is_frozen_for_lora_too(targets, method, model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "method": method, "output_dir": tmp_path}
-    lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "disable_tqdm": True}
+    lora = {"use_peft": True, "disable_tqdm": True, **({"lora_target_modules": targets} if targets else {})}
     train_agent.main(flags(model_name_or_path=model_name, **arguments, **lora))
     names = list(load_file(tmp_path / method / "adapter_model.safetensors"))
-    assert names and not [name for name in names if "vision" in name]
+    assert names and not [name for name in names if "vision" in name or "lm_head" in name]
+    assert any("down_proj" in name for name in names) == (targets is None)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

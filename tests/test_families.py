@@ -5,6 +5,7 @@
 """
 
 import functools
+import itertools
 import os
 import re
 from pathlib import Path
@@ -24,8 +25,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- families: generated, do not edit -->", "<!-- families: end -->"
 STAGES = ("offline", "online", "save, load", "resume", "play, values")
 # Attention projections of the language model; Idefics3 calls that one `text_model`.
-LORA = LoraConfig(target_modules=r"(.*(language_model|text_model))?.*\.(q_proj|v_proj)", r=4)
-LORA_VLM = LoraConfig(target_modules=r".*(language_model|text_model).*\.(q_proj|v_proj)", r=4)
+TARGETS = r".*(language_model|text_model).*\.(q_proj|v_proj)"
+KINDS = {"full": None, "LoRA": {}, "DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}}
 passed: dict[tuple[str, str], list[str]] = {}
 
 
@@ -34,7 +35,7 @@ def short_line(text):
     return gymnasium.wrappers.TimeLimit(TextNumberLine() if text else gymnasium.make(NUMBER_LINE), 3)
 
 
-def make_trainer(family, lora, folder, base, **kwargs):
+def make_trainer(family, kind, folder, base, **kwargs):
     text = family in tiny_models.TEXT_NAMES
     model, processor = tiny_models.build(family)
     if not base.exists():
@@ -52,7 +53,9 @@ def make_trainer(family, lora, folder, base, **kwargs):
         train_dataset=small_runs.text_number_line() if text else small_runs.number_line(),
         env=functools.partial(short_line, text),
         processing_class=processor,
-        peft_config=(LORA if text else LORA_VLM) if lora else None,
+        peft_config=None
+        if KINDS[kind] is None
+        else LoraConfig(target_modules=["q_proj", "v_proj"] if text else TARGETS, r=4, **KINDS[kind]),
     )
 
 
@@ -61,12 +64,14 @@ def state(trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("family", tiny_models.BUILDERS)
-def test_a_whole_course(family, lora, tmp_path):
-    done = passed.setdefault((family, "LoRA" if lora else "full"), [])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*itertools.product(tiny_models.BUILDERS, ("full", "LoRA")), ("idefics3", "DoRA"), ("idefics3", "rsLoRA")],
+)
+def test_a_whole_course(family, kind, tmp_path):
+    lora, done = kind != "full", passed.setdefault((family, kind), [])
     base = tmp_path / "base"
-    trainer = make_trainer(family, lora, tmp_path / "run", base)
+    trainer = make_trainer(family, kind, tmp_path / "run", base)
     before = state(trainer)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -86,7 +91,7 @@ def test_a_whole_course(family, lora, tmp_path):
     assert saved.keys() == after.keys() and all(torch.equal(saved[name], x) for name, x in after.items())
     done.append("save, load")
 
-    resumed = make_trainer(family, lora, tmp_path / "run", base)
+    resumed = make_trainer(family, kind, tmp_path / "run", base)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert all(torch.equal(x, after[name]) for name, x in state(resumed).items())
     done.append("resume")
