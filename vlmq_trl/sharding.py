@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import add_hooks, remove_hooks
@@ -53,6 +54,17 @@ def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> 
 
     with deepspeed.zero.GatheredParameters(list(split.values()), modifier_rank=0 if write else None):
         yield
+
+
+@torch.no_grad()
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict on the CPU, one parameter gathered after the other; on rank 0, elsewhere it is empty."""
+    named, state = dict(model.named_parameters(remove_duplicate=False)), {}
+    for name, x in model.state_dict().items():
+        with gathered([named[name]] if name in named else []):
+            if PartialState().is_main_process:
+                state[name] = named.get(name, x).detach().to("cpu", copy=True)
+    return state
 
 
 @contextmanager

@@ -66,7 +66,7 @@ from .policy import evaluate_model
 from .recorder import EpisodeRecorder
 from .replay import ReplayBuffer, process_folder
 from .rollout import EnvSpec, Policy, Rollouts, make_env
-from .sharding import writable
+from .sharding import gathered, is_sharded, whole_state_dict, writable
 from .trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
 from .vlmq_config import VLMQConfig
 
@@ -814,6 +814,13 @@ class VLMQTrainer(SFTTrainer):
 
     # ---- checkpoints ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; under DeepSpeed also where nothing has been trained yet in this process."""
+        if self.is_deepspeed_enabled and getattr(self, "deepspeed", None) is None:
+            self._save(output_dir, whole_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A stock model or adapter, the critic beside it, the processor, and the configuration as JSON."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
@@ -909,7 +916,8 @@ class VLMQTrainer(SFTTrainer):
             named = Path(resume_from_checkpoint) / own.active_adapter  # where PEFT saves any adapter but "default"
             folder = str(named) if named.is_dir() else resume_from_checkpoint
             require_adapter_weights(folder)
-            result = set_peft_model_state_dict(own, load_peft_weights(folder, device="cpu"), own.active_adapter)
+            with gathered([p for p in own.parameters() if p.requires_grad], write=True):
+                result = set_peft_model_state_dict(own, load_peft_weights(folder, device="cpu"), own.active_adapter)
             missing = [key for key in result.missing_keys if f".{own.active_adapter}." in key]
             if missing or result.unexpected_keys:
                 raise ValueError(
@@ -919,7 +927,13 @@ class VLMQTrainer(SFTTrainer):
         else:
             # Families save under remapped names; only `from_pretrained` knows the way back.
             saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype, use_safetensors=True)
-            own.load_state_dict(saved.state_dict(), strict=True)
+            if is_sharded(own.parameters()):  # as the saved model then is, too
+                parts = dict(saved.named_parameters())
+                for name, p in own.named_parameters():
+                    with torch.no_grad(), gathered([p, parts[name]], write=True):
+                        p.copy_(parts[name])
+            else:
+                own.load_state_dict(saved.state_dict(), strict=True)
         wrapped.load_critic(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
