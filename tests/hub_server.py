@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small Hub on loopback, enough for the real client's uploads and downloads of models, without Xet.
+"""A small Hub on loopback, enough for the real client's uploads and downloads of models and datasets, without Xet.
 
 with LoopbackHub() as hub:
     hub.add("me/base", folder)
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".png")  # stored by their hash, as LFS does
+LARGE = (".safetensors", ".bin", ".png", ".parquet")  # stored by their hash, as LFS does
 
 
 class LoopbackHub:
@@ -52,7 +52,7 @@ class LoopbackHub:
     def environment(self, home: Path) -> dict[str, str]:
         """Variables that a process needs before it imports `huggingface_hub`."""
         wanted = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        return wanted | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return wanted | {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def add(self, name: str, folder: Path) -> None:
         files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -124,7 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, method in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("_")[1].upper().replace("READ", "GET HEAD"):
-                return getattr(self, method)(data, *match.groups())
+                groups = [group and group.removeprefix("models/") for group in match.groups()]
+                return getattr(self, method)(data, *groups)
         return self._missing("RepoNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
@@ -137,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post_create(self, data: bytes) -> None:
         asked = json.loads(data)
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        kind = "datasets/" if asked.get("type") == "dataset" else ""
+        name = f"{kind}{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.hub.repos:
             return self._answer(409, {"error": "exists", "url": f"{self.hub.url}/{name}"})
         self.hub.commit(name, {})
@@ -184,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif kind == "deletedFile":
+                files.pop(value["path"], None)
         digest = self.hub.commit(name, files)
         url = f"{self.hub.url}/{name}/commit/{digest}"
         self._answer(200, {"success": True, "commitOid": digest, "commitUrl": url})
@@ -192,11 +196,16 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.hub.find(name, revision)
         if commit is None:
             return self._missing("RepoNotFound" if name not in self.hub.repos else "RevisionNotFound")
-        entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": _oid(content, False)}
-            for path, content in commit[1].items()
-            if folder is None or path.startswith(f"{folder}/")
-        ]
+        prefix, deep = f"{folder}/" if folder else "", "recursive=true" in self.path.lower()
+        found: dict[str, dict[str, Any]] = {}
+        for path, content in commit[1].items():
+            if path.startswith(prefix):
+                name, below, _ = path.removeprefix(prefix).partition("/")
+                if below and not deep:
+                    found[name] = {"type": "directory", "path": prefix + name, "oid": "0" * 40, "size": 0}
+                else:
+                    found[path] = {"type": "file", "path": path, "size": len(content), "oid": _oid(content, False)}
+        entries = list(found.values())
         if folder is not None and not entries:
             return self._missing("EntryNotFound", {"X-Repo-Commit": commit[0]})
         return self._answer(200, entries, {"X-Repo-Commit": commit[0]})
@@ -220,16 +229,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, None, {"X-Repo-Commit": commit[0], "ETag": etag}, body=content)
 
 
-_NAME = r"([^/]+/[^/]+)"
+_NAME = r"((?:datasets/)?[^/]+/[^/]+)"  # as in addresses of files
+_API_NAME = r"((?:models|datasets)/[^/]+/[^/]+)"
 _ROUTES = (
     (r"/api/whoami-v2", "_read_whoami"),
     (r"/api/repos/create", "_post_create"),
     (r"/api/validate-yaml", "_post_validate"),
-    (rf"/api/models/{_NAME}/preupload/(.+)", "_post_preupload"),
+    (rf"/api/{_API_NAME}/preupload/(.+)", "_post_preupload"),
     (rf"/{_NAME}\.git/info/lfs/objects/batch", "_post_batch"),
     (r"/objects/(\w+)", "_put_object"),
-    (rf"/api/models/{_NAME}/commit/(.+)", "_post_commit"),
-    (rf"/api/models/{_NAME}/tree/([^/]+)(?:/(.+))?", "_read_tree"),
-    (rf"/api/models/{_NAME}(?:/revision/(.+))?", "_read_info"),
+    (rf"/api/{_API_NAME}/commit/(.+)", "_post_commit"),
+    (rf"/api/{_API_NAME}/tree/([^/]+)(?:/(.+))?", "_read_tree"),
+    (rf"/api/{_API_NAME}(?:/revision/(.+))?", "_read_info"),
     (rf"/(?:api/resolve-cache/models/)?{_NAME}/resolve/([^/]+)/(.+)", "_read_file"),
 )

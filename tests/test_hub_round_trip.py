@@ -158,6 +158,33 @@ def test_a_repository_that_does_not_fit_is_refused(hub, pushed, python):
         assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
 
 
+DATASET = """
+import sys
+from datasets import load_dataset
+from vlmq_trl import collect_demonstrations, push_trajectories, validate_trajectories
+play = collect_demonstrations("vlmq_trl/NumberLine-v0", policy="flawed:0.5", episodes=8, progress=False)
+push_trajectories(play, "me/play", description="A player that errs in half of its turns.", token=sys.argv[1])
+back = load_dataset("me/play", split="train")
+assert back.column_names == play.column_names
+validate_trajectories(back)
+for name in play.column_names:
+    if "images" not in name:
+        assert back[name] == play[name], name
+assert [row["images"][0].tobytes() for row in back] == [row["images"][0].tobytes() for row in play]
+print("equal")
+"""
+
+
+def test_a_dataset_and_its_card(hub, python):
+    assert python("-c", DATASET, TOKEN).stdout.splitlines()[-1] == "equal"
+    files = hub.files("datasets/me/play")
+    card = files["README.md"].decode()
+    assert "dataset_info:" in card and "vlmq" in card  # what the viewer needs, and what people read
+    assert "A player that errs in half of its turns." in card and "| episodes | 8 |" in card
+    assert "`vlmq_trl/NumberLine-v0`" in card and "| `behavior_logprobs` |" in card
+    assert any(path.endswith(".parquet") for path in files)
+
+
 def test_the_token_is_nowhere(hub, pushed, python):
     assert hub.tokens >= {TOKEN}  # it was used
     assert TOKEN not in python.said

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .agent_format import AgentFormat, CallableFormat, JSONCoTFormat, JSONFormat, PlainFormat, make_format
     from .callbacks import EnvEvaluationCallback
     from .critic import Critic, CriticConfig
+    from .dataset_card import push_trajectories
     from .embedded import EmbeddedRecipe, load_embedded_model
     from .env_pool import EnvFailureError
     from .envs import make_demonstrator
@@ -77,6 +78,7 @@ __all__ = [
     "make_demonstrator",
     "make_format",
     "play_episodes",
+    "push_trajectories",
     "save_trajectories",
     "trajectories_from_minari",
     "trajectories_to_minari",
@@ -90,6 +92,7 @@ _HOMES = {
     "agent_format": ["AgentFormat", "CallableFormat", "JSONCoTFormat", "JSONFormat", "PlainFormat", "make_format"],
     "callbacks": ["EnvEvaluationCallback"],
     "critic": ["Critic", "CriticConfig"],
+    "dataset_card": ["push_trajectories"],
     "embedded": ["EmbeddedRecipe", "load_embedded_model"],
     "env_pool": ["EnvFailureError"],
     "envs": ["make_demonstrator"],

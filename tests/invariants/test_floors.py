@@ -23,6 +23,7 @@ FLOORS = {
         "modeling",
         "agent",
         "collator",
+        "dataset_card",
         "minari",
         "replay",
         "env_pool",
