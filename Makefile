@@ -56,13 +56,12 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)
+bench: $(ALL_READY)
 	$(BIN)/python examples/benchmarks/tabular.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/speed.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/rollout.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/asynchronous.py
 	$(BIN)/python examples/benchmarks/replay.py
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[deepspeed]' -c constraints.txt
 	$(BIN)/python examples/benchmarks/scaling.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/online.py

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 
 from tests import small_runs
-from vlmq_trl import EnvEvaluationCallback, VLMQTrainer
+from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses
 from vlmq_trl.sharding import gathered
 
 LORA = r".*text_model.*\.(q_proj|v_proj)"
@@ -50,6 +50,8 @@ def main() -> None:
         peft_config=LoraConfig(target_modules=LORA, r=4) if task.get("lora") else None,
         callbacks=[callback] if task.get("callback") else None,
     )
+    if "nan_at" in task:
+        break_the_loss(trainer, task["nan_at"])
     result = {"evaluated": trainer.evaluate(episodes=5)}
     critic = trainer.model.critic
     before = {name: x.clone() for name, x in critic.target.named_buffers()}
@@ -74,6 +76,17 @@ def main() -> None:
     }
     if trainer.is_world_process_zero():
         (Path(task["out"]) / "result.json").write_text(json.dumps(result))
+
+
+def break_the_loss(trainer, update) -> None:
+    """On rank 1 only."""
+    policy_loss = losses.policy_loss
+
+    def broken(*args):
+        loss = policy_loss(*args)
+        return loss * float("nan") if os.environ["RANK"] == "1" and trainer.state.global_step == update else loss
+
+    losses.policy_loss = broken
 
 
 def best_weights_are_put_back(trainer, callback, trained) -> bool:

@@ -147,6 +147,13 @@ def test_a_failing_process_ends_all_with_its_error(launch, tmp_path):
     assert (tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").is_file()  # both have saved, together
 
 
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_weights_change(launch, tmp_path):
+    error = launch("zero2", "nan", SCALAR, nan_at=3, fails="The loss of update 3 is nan")
+    assert "[rank0]: FloatingPointError" in error and "[rank1]: FloatingPointError" in error
+    saved = load_file(tmp_path / "nan" / "checkpoint-3" / MODEL)
+    assert all(x.isfinite().all() for x in saved.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [None, "NumberLine"], ids=["offline", "online"])
 @pytest.mark.parametrize(("lora", "critic"), list(itertools.product((False, True), (SCALAR, VOCAB))))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests import tiny_models
 from tests.test_trajectory import EPISODES, assert_equal_episodes, make_episode, picture, prompt, train
-from vlmq_trl.replay import ReplayBuffer, load_replay
+from vlmq_trl.replay import ReplayBuffer, load_replay, process_folder
 from vlmq_trl.replay import buffer as replay_buffer
 from vlmq_trl.replay.contents import draw_segments
 from vlmq_trl.replay.offline import PNG_SIGNATURE
@@ -844,3 +844,19 @@ def test_killed_at_random_instants(tmp_path, kills):
         if (tmp_path / "manifest.json").exists():
             check_survivors(tmp_path, reported)
     assert reported > CAPACITY
+
+
+def test_several_processes_have_a_part_each(tmp_path):
+    assert process_folder(tmp_path / "one", 0, 1) == tmp_path / "one"
+    for k in range(2):
+        with ReplayBuffer(process_folder(tmp_path / "two", k, 2), with_images=False) as buffer:
+            buffer.append(episode(k, pictures=False), round=1)
+            buffer.commit()
+    assert load_replay(tmp_path / "two")["episode_id"] == ["e0", "e0", "e1", "e1"]
+    for n in (1, 3):
+        with pytest.raises(ValueError, match=rf"of a run with 2 process\(es\), and this one has {n}"):
+            process_folder(tmp_path / "two", 0, n)
+    with ReplayBuffer(tmp_path / "one", with_images=False):
+        pass
+    with pytest.raises(ValueError, match=r"of a run with 1 process\(es\), and this one has 2"):
+        process_folder(tmp_path / "one", 0, 2)

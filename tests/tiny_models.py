@@ -116,7 +116,7 @@ def llava_onevision() -> tuple[Any, Any]:
     """SigLIP tower, 32 image tokens and one for the newline of the picture's rows: the whole and one tile."""
     tokenizer = make_tokenizer("<image>", "<video>")
     images = tf.LlavaOnevisionImageProcessorPil(size={"height": 64, "width": 64}, image_grid_pinpoints=[[64, 64]])
-    processor = ImageOnlyLlavaOnevisionProcessor(
+    processor = image_only(tf.LlavaOnevisionProcessor)(
         images,
         tokenizer,
         num_image_tokens=16,
@@ -146,7 +146,7 @@ def internvl() -> tuple[Any, Any]:
     tokenizer = make_tokenizer(*named.values(), **named)
     images = tf.GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}, max_patches=1)
     template = chat_template("<IMG_CONTEXT>")
-    processor = ImageOnlyInternVLProcessor(images, tokenizer, image_seq_length=4, chat_template=template)
+    processor = image_only(tf.InternVLProcessor)(images, tokenizer, image_seq_length=4, chat_template=template)
     config = tf.InternVLConfig(
         vision_config={**VISION, "image_size": [64, 64], "patch_size": [16, 16]},
         text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
@@ -157,32 +157,15 @@ def internvl() -> tuple[Any, Any]:
     return tf.InternVLForConditionalGeneration(config), processor
 
 
-# Processors without their video part, which needs torchvision.
+def image_only(processor_class: Any) -> Any:
+    """The processor class without its video part, which needs torchvision."""
 
+    class ImageOnly(processor_class):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
-class ImageOnlyLlavaOnevisionProcessor(tf.LlavaOnevisionProcessor):
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
-
-
-class ImageOnlyInternVLProcessor(tf.InternVLProcessor):
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
-
-
-class ImageOnlyQwen2VLProcessor(tf.Qwen2VLProcessor):
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
-
-
-class ImageOnlyQwen25VLProcessor(tf.Qwen2_5_VLProcessor):
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
-
-
-class ImageOnlyQwen3VLProcessor(tf.Qwen3VLProcessor):
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+    ImageOnly.__name__ = ImageOnly.__qualname__ = f"ImageOnly{processor_class.__name__}"
+    return ImageOnly
 
 
 def _qwen_tokens() -> tuple[Any, dict[str, int]]:
@@ -205,7 +188,7 @@ def qwen2_vl() -> tuple[Any, Any]:
     images = tf.Qwen2VLImageProcessorPil(
         patch_size=14, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     )
-    processor = ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    processor = image_only(tf.Qwen2VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
     vision = {
         "depth": 2,
         "embed_dim": 96,
@@ -226,7 +209,7 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     images = tf.Qwen2VLImageProcessorPil(
         patch_size=14, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     )
-    processor = ImageOnlyQwen25VLProcessor(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    processor = image_only(tf.Qwen2_5_VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
     vision = {
         "depth": 2,
         "hidden_size": 96,
@@ -249,7 +232,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     images = tf.Qwen2VLImageProcessorPil(
         patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 112 * 112}
     )
-    processor = ImageOnlyQwen3VLProcessor(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    processor = image_only(tf.Qwen3VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
     vision = {
         "depth": 2,
         "hidden_size": 96,

@@ -29,7 +29,7 @@ from .modeling import (
     load_pretrained,
     load_processor,
 )
-from .policy import ModelPolicy, completion_tokens
+from .policy import ModelPolicy, completion_tokens, render
 from .rollout import EnvSpec, Request, Response, make_env, play_episodes
 from .trajectory import Episode
 
@@ -263,10 +263,9 @@ class VLMAgent:
 
     def _inputs(self, rows: Sequence[tuple[Request, str]]) -> tuple[dict[str, Tensor], list[list[int]]]:
         """Right-padded inputs with `labels` on the responses, [B, T]; and the responses' tokens."""
-        renderer = ModelPolicy(self.model, self.processing_class)
         texts, completions = [], []
         for request, response in rows:
-            text, _ = renderer.render(request)
+            text, _ = render(self.processing_class, request)
             texts.append(text)
             completions.append(completion_tokens(self.processing_class, response))
         images = [list(request.images) for request, _ in rows]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
 
-Contents: `stop_token_ids`, `ModelPolicy`, `TokenLogProbs`, `evaluate_model`.
+Contents: `stop_token_ids`, `render`, `completion_tokens`, `ModelPolicy`, `TokenLogProbs`, `evaluate_model`.
 """
 
 from hashlib import sha256
@@ -51,7 +51,16 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
     return sorted(ids - {None})
 
 
-# What a model's own generation config may hold and `generate` would add: the policy is the softmax of the logits.
+def render(
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase, request: Request
+) -> tuple[str, list[np.ndarray]]:
+    """A request's prompt as text, by the chat template, and its images."""
+    prompt = prepare_multimodal_messages(request.prompt, images=list(request.images))
+    if not isinstance(processing_class, ProcessorMixin):
+        prompt = flatten_content(prompt)
+    return apply_chat_template({"prompt": prompt}, processing_class)["prompt"], list(request.images)
+
+
 def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase, response: str) -> list[int]:
     """The tokens of a response as training sees it, by the chat template, its end token included."""
     multimodal = isinstance(processing_class, ProcessorMixin)
@@ -68,6 +77,7 @@ def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase
     return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
 
 
+# What a model's own generation config may hold and `generate` would add: the policy is the softmax of the logits.
 UNTOUCHED_LOGITS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
 FULL_SUPPORT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
@@ -126,7 +136,7 @@ class ModelPolicy:
 
     def act(self, requests: list[Request]) -> list[Response]:
         """Answers all requests."""
-        rows = [self.render(request) for request in requests]
+        rows = [render(self.processing_class, request) for request in requests]
         if self.memory is None:
             return self._generate_all(rows)
         keys = [
@@ -135,13 +145,6 @@ class ModelPolicy:
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
         self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
         return [self.memory[key] for key in keys]
-
-    def render(self, request: Request) -> tuple[str, list[np.ndarray]]:
-        """The prompt's text by the chat template, and its images."""
-        prompt = prepare_multimodal_messages(request.prompt, images=list(request.images))
-        if not isinstance(self.processing_class, ProcessorMixin):
-            prompt = flatten_content(prompt)
-        return apply_chat_template({"prompt": prompt}, self.processing_class)["prompt"], list(request.images)
 
     def _generate_all(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[Response]:
         return [

@@ -566,7 +566,7 @@ def process_folder(folder: str | os.PathLike, process: int, num_processes: int) 
     found |= {1} if (folder / "manifest.json").is_file() else set()
     if found - {num_processes}:
         raise ValueError(
-            f"{folder} holds the replay buffer of {min(found - {num_processes})} processes, and there are "
-            f"{num_processes} now: start as many as before, or choose another `replay_dir`."
+            f"{folder} holds the replay buffer of a run with {min(found - {num_processes})} process(es), and this one "
+            f"has {num_processes}: start as many as before, or choose another `replay_dir`."
         )
     return folder if num_processes == 1 else folder / f"process-{process}-of-{num_processes}"
