@@ -560,10 +560,11 @@ def train(
     if peft_config is not None and peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"  # but for the head; PEFT has no default for most of these families
     if script.freeze_vision_tower:
+        frozen = "vision|visual" + ("|connector|projector|image_newline" if args.vision_cache_gb else "")
         if peft_config is not None:
-            peft_config.exclude_modules = r".*(vision|visual).*"
+            peft_config.exclude_modules = rf".*({frozen}).*"
         for name, parameter in model.named_parameters():
-            if re.search("vision|visual", name):
+            if re.search(frozen, name):
                 parameter.requires_grad_(False)
     trainer_class: Any = VLMQTrainer if method == "vlmq" else SFTTrainer
     if method == "vlmq" and script.online:

@@ -281,7 +281,7 @@ def test_online_runs_are_understood_by_the_script():
     assert len({run.name for run in runs}) == len({run.path for run in runs}) == len(runs)
     for run in runs:
         if not run.variant.startswith("grpo"):
-            script, args, _ = train_agent.parse(online.as_flags(run.arguments))
+            script, args, _ = train_agent.parse(common.as_flags(run.arguments))
             assert script.online and args.max_env_turns == online.BUDGET and args.max_steps == -1
     spans = [range(r.arguments["rollout_seed"], r.arguments["rollout_seed"] + online.BUDGET) for r in runs[::8]]
     assert all(not set(one) & set(other) for one in spans for other in spans if one.start < other.start)

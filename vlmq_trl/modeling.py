@@ -43,6 +43,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from .critic import Critic, CriticConfig
 from .sharding import reads
+from .vision_cache import VisionFeatureCache
 
 CRITIC_WEIGHTS_NAME = "critic.safetensors"
 CRITIC_CONFIG_NAME = "critic_config.json"
@@ -165,6 +166,15 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         self.logit_transform = LogitTransform.from_config(text_config)
         # Vocabulary entries that are projected at a time; bounds memory, never the result.
         self.vocab_chunk_size = 32768
+        self.vision_cache: VisionFeatureCache | None = None
+
+    def remember_pictures(self, max_bytes: int) -> None:
+        """Lets each picture of scored batches go through the vision tower once (`VisionFeatureCache`).
+
+        Raises:
+            ValueError: the pictures' features would not stay the same, or the family does not take any.
+        """
+        self.vision_cache = VisionFeatureCache(_base_model(self.pretrained_model), max_bytes)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -197,6 +207,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         if labels is None:
             return self.pretrained_model(input_ids=input_ids, **model_inputs)
         base = _base_model(self.pretrained_model)
+        if self.vision_cache is not None:
+            model_inputs = self.vision_cache(model_inputs)
         model_inputs["use_cache"] = False
         hidden = base.base_model(input_ids=input_ids, **model_inputs).last_hidden_state
         rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)

@@ -72,6 +72,12 @@ class VLMQConfig(SFTConfig):
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             First updates during which every token is kept, while the critic learns.
 
+        > Parameters that control the memory
+
+        vision_cache_gb (`float`, *optional*, defaults to `0.0`):
+            Main memory in GB, of each process, for the features of pictures that were seen: a picture goes through
+            the vision tower once. All that comes before the language model must be frozen. 0: no cache.
+
         > Parameters that control the collection, for a trainer that has an `env`
 
         offline_steps (`int`, *optional*, defaults to `0`):
@@ -173,6 +179,10 @@ class VLMQConfig(SFTConfig):
     filter_temperature: float = field(default=0.3, metadata={"help": "Temperature of the exponential filter."})
     filter_max_weight: float = field(default=20.0, metadata={"help": "Largest weight of the exponential filter."})
     critic_warmup_steps: int = field(default=0, metadata={"help": "First updates that keep every token."})
+    vision_cache_gb: float = field(
+        default=0.0,
+        metadata={"help": "Main memory in GB for features of pictures, of a frozen vision tower; 0: none."},
+    )
 
     # Collection
     offline_steps: int = field(default=0, metadata={"help": "First updates, from the offline data alone."})
@@ -252,6 +262,7 @@ class VLMQConfig(SFTConfig):
             "critic_coef",
             "conservative_coef",
             "critic_warmup_steps",
+            "vision_cache_gb",
             "eval_temperature",
             "eval_seed",
             "offline_steps",

@@ -271,6 +271,14 @@ class VLMQTrainer(SFTTrainer):
         if is_deepspeed_zero3_enabled():  # which wants one type for all that it splits
             for p in wrapped.critic.online.parameters():
                 p.data = p.data.to(self.model.dtype)
+        if self.args.vision_cache_gb:
+            if is_deepspeed_zero3_enabled() or self.args.fsdp:
+                raise ValueError(
+                    f"`vision_cache_gb={self.args.vision_cache_gb}`: where weights are split over processes (ZeRO-3, "
+                    "FSDP) all of them must enter the vision tower together, known picture or not. Set it to 0, or "
+                    "use DDP or ZeRO-1 or 2."
+                )
+            wrapped.remember_pictures(int(1e9 * self.args.vision_cache_gb))
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
 
     def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -785,6 +793,8 @@ class VLMQTrainer(SFTTrainer):
             now, tokens = time.perf_counter(), self._total_train_tokens
             logs["tokens_per_second"] = (tokens - self._last_log[1]) / max(now - self._last_log[0], 1e-9)
             self._last_log = (now, tokens)
+            if self.model.vision_cache is not None:
+                logs["vision_cache_hit_rate"] = self.model.vision_cache.hit_rate()
         if self._online is not None:
             is_update = self.model.training and "loss" in logs
             logs |= self._online.logs() if is_update else {"env_turns": self._online.env_turns}

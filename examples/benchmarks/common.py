@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -112,10 +112,19 @@ def run_workers(
             process.terminate()
 
 
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    """Arguments of `train_agent.py` as its command line has them."""
+    flags = []
+    for name, value in arguments.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
 @dataclass(frozen=True)
 class Run:
     """One line of a benchmark with one seed: a process of its own, then a JSON file."""
 
+    script: ClassVar[str]  # of the benchmark, such as "learning.py"
     setting: str
     variant: str
     seed: int
@@ -131,6 +140,10 @@ class Run:
     @property
     def path(self) -> Path:
         return RESULTS / self.setting / f"{self.variant}-seed{self.seed}.json"
+
+    @property
+    def command(self) -> str:
+        return f"python examples/benchmarks/{self.script} --only {self.line} --seeds {self.seed}"
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from examples.benchmarks.common import (
     ROOT,
     SEEDS,
     Run,
+    as_flags,
     command_line,
     describe,
     machine,
@@ -197,6 +198,8 @@ ABLATION_TABLES: list[tuple[str, list[tuple[str, str]]]] = [
 class LearningRun(Run):
     """Its variant is one of METHODS or, on NumberLine, of ABLATIONS."""
 
+    script = "learning.py"
+
     @property
     def arguments(self) -> dict[str, Any]:
         """Of `train_agent.py`."""
@@ -216,8 +219,8 @@ class LearningRun(Run):
 
     @property
     def argv(self) -> list[str]:
-        arguments = {**self.arguments, "bf16": FAST_BF16}  # the machine's choice, so not a reason to compute again
-        return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+        # The machine's choice, so not a reason to compute again.
+        return as_flags({**self.arguments, "bf16": FAST_BF16})
 
 
 def all_runs() -> list[LearningRun]:
@@ -261,7 +264,7 @@ def work(run: LearningRun) -> None:
         run.path,
         {
             "run": run.name,
-            "command": f"python examples/benchmarks/learning.py --only {run.line} --seeds {run.seed}",
+            "command": run.command,
             "arguments": run.arguments,
             "bf16": FAST_BF16,
             "machine": machine(),
@@ -278,20 +281,20 @@ def prepare(runs: list[LearningRun]) -> list[LearningRun]:
     """Builds the embedded models that the runs need, one after the other and before they all want them at once.
 
     Returns:
-        The runs that have their model: one that does not learn to read its game does not stop the other games.
+        The runs that have their model: one that does not learn to read its setting does not stop the others.
     """
     from examples import train_agent
     from vlmq_trl.embedded import ReadingError
 
     unread = set()
-    for game in dict.fromkeys(run.arguments["game"] for run in runs):
-        script, _, _ = train_agent.parse(["--game", game])
+    for run in {run.setting: run for run in runs}.values():
+        script, _, _ = train_agent.parse(run.argv)
         try:
             train_agent.embedded_model(script)
         except ReadingError as error:
-            unread.add(game)
-            print(f"{game} is left out: {error}", flush=True)
-    return [run for run in runs if run.arguments["game"] not in unread]
+            unread.add(run.setting)
+            print(f"{run.setting} is left out: {error}", flush=True)
+    return [run for run in runs if run.setting not in unread]
 
 
 # ---- the report ----

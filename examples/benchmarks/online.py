@@ -28,6 +28,7 @@ from examples.benchmarks.common import (
     ROOT,
     SEEDS,
     Run,
+    as_flags,
     command_line,
     describe,
     machine,
@@ -76,6 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rollout_temperature": 0.7,
         "replay_capacity": 5000,
         "online_fraction": 0.9,
+        "rollout_epsilon": 0.05,
     },
     "purely_online": {"episodes": 0, "offline_steps": 0, "rollout_epsilon": 0.1},
     "grpo": {},
@@ -86,14 +88,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Success is rare at first (1 in 100 episodes): every one is kept, and play stays varied.
     "EZPoints": {
         **STEP_BY_STEP,
-        "offline_steps": 300,
-        "turns_per_round": 250,
-        "updates_per_turn": 0.15,
+        "offline_steps": 800,
+        "updates_per_turn": 0.1,
         "rollout_temperature": 1.0,
-        "rollout_epsilon": 0.05,
         "replay_capacity": 2 * BUDGET,
         "online_fraction": 0.75,
-        "eval_steps": 100,
+        "eval_steps": 200,
     },
     "Blackjack": {
         "off_policy_trace": "tree_backup",
@@ -132,6 +132,8 @@ TARGETS = {
 class OnlineRun(Run):
     """Its variant is one of METHODS."""
 
+    script = "online.py"
+
     @property
     def path(self) -> Path:
         return RESULTS / "online" / self.setting / f"{self.variant}-seed{self.seed}.json"
@@ -164,10 +166,6 @@ def all_runs() -> list[OnlineRun]:
 # ---- one run, in a process of its own ----
 
 
-def as_flags(arguments: dict[str, Any]) -> list[str]:
-    return [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-
-
 def work(run: OnlineRun) -> None:
     """Computes one run and writes its JSON."""
     output = ROOT / "runs" / "benchmarks" / "online" / run.name
@@ -177,7 +175,7 @@ def work(run: OnlineRun) -> None:
         run.path,
         {
             "run": run.name,
-            "command": f"python examples/benchmarks/online.py --only {run.line} --seeds {run.seed}",
+            "command": run.command,
             "arguments": run.arguments,
             "bf16": FAST_BF16,
             "machine": machine(),

@@ -32,6 +32,7 @@ FLOORS = {
         "embedded",
         "remote",
         "recorder",
+        "vision_cache",
     },
     3: {"callbacks", "model_card", "online", "vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
     4: {"show"},

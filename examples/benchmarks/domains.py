@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning benchmark beyond Gym Cards: SFT, filtered cloning and VLMQ on the same systematically flawed play.
+
+    python examples/benchmarks/domains.py                       # all that is missing (hours), then the report
+    python examples/benchmarks/domains.py --only 'BabyAI-*/*' --seeds 0
+    python examples/benchmarks/domains.py --list                # what is done and what is not
+    python examples/benchmarks/domains.py --report-only         # docs/results.md from what is there
+
+Runs are those of `learning.py`, in other environments: each has an embedded model of its own, which was taught to read
+the environment's pictures and nothing else.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.benchmarks import learning
+from examples.benchmarks.common import PAGE, RESULTS, SEEDS, command_line, describe, markdown_table, write_section
+from examples.benchmarks.learning import COMMON, HEADER, METHODS, NAMES, cells, line, listed, pooled
+
+# Arguments of `train_agent.py`; what is not said is as in `learning.py`. The later wins.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "BabyAI-GoToObj": {
+        "title": "BabyAI, GoToObj",
+        "about": "Find the object that the mission names and go to it, within 12 turns.",
+        "arguments": {
+            "env_id": "vlmq_trl/BabyAI-GoToObj-v0",
+            "env_options": ["max_turns=12"],
+            "policy": "flawed:0.5",
+            "episodes": 1000,
+            "off_policy_trace": "tree_backup",
+            "turn_lambda": 0.95,
+            "filter": "exp",
+            "max_steps": 600,
+            "lr_scheduler_type": "cosine",
+            "eval_steps": 100,
+            "eval_episodes": 200,
+            "max_completion_length": 96,
+            "test_episodes": 500,
+        },
+    },
+}
+COMPARED = ("sft", "filtered_bc", "vlmq_scalar")
+
+
+class DomainRun(learning.LearningRun):
+    """Its variant is one of COMPARED."""
+
+    script = "domains.py"
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / "domains" / self.setting / f"{self.variant}-seed{self.seed}.json"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            **COMMON,
+            **SETTINGS[self.setting]["arguments"],
+            **METHODS[self.variant],
+            "seed": self.seed,
+            "collection_seed": 100_000 * self.seed,
+            "test_seed": 2_000_000 + 100_000 * self.seed,
+        }
+
+
+def all_runs() -> list[DomainRun]:
+    """Seed by seed, so that the first figures for everything come early."""
+    return [DomainRun(setting, variant, seed) for seed in SEEDS for setting in SETTINGS for variant in COMPARED]
+
+
+# ---- the report ----
+
+
+def finished(setting: str, variant: str) -> list[dict[str, Any]]:
+    return [r for seed in SEEDS if (r := DomainRun(setting, variant, seed).result()) is not None]
+
+
+def verdict(setting: str, mode: str) -> list[str]:
+    """Two cells: VLMQ's lead on the better of the others, and whether its interval lies above theirs."""
+    others = [pooled(finished(setting, variant), mode) for variant in COMPARED[:-1]]
+    ours = pooled(finished(setting, COMPARED[-1]), mode)
+    if ours is None or None in others:
+        return ["–", "not run"]
+    margin = ours["rate"] - max(other["rate"] for other in others)
+    apart = all(ours["low"] > other["high"] for other in others)
+    return [f"{100 * margin:+.1f}", "reached" if apart else "**missed**"]
+
+
+def setting_section(setting: str) -> str:
+    described, by_method = SETTINGS[setting], {variant: finished(setting, variant) for variant in COMPARED}
+    results = [result for found in by_method.values() for result in found]
+    if not results:
+        return ""
+    # All methods of a seed have learned from the same data.
+    data = list({result["arguments"]["seed"]: {"data": result["data"]} for result in results}.values())
+    before = [result["before"] for result in by_method["sft"] if result["before"]]
+    rows = [["the data", "–", "–", *cells(pooled(data, "data")), ""]]
+    if before:
+        rows.append(["before training", *cells(pooled(before, "greedy")), *cells(pooled(before, "sampled")), ""])
+    rows += [line(NAMES[variant], found) for variant, found in by_method.items()]
+    arguments = described["arguments"]
+    return (
+        f"### {described['title']}\n\n{described['about']} {arguments['episodes']:,} episodes of `{arguments['policy']}` "
+        f"play. Settings: {listed(arguments)}.\n\n{markdown_table(HEADER, rows)}"
+    )
+
+
+def report() -> None:
+    """Writes the generated part of docs/results.md."""
+    done = [result for run in all_runs() if (result := run.result()) is not None]
+    if not done:
+        write_section(PAGE, "domains", "Nothing has been measured yet: run `python examples/benchmarks/domains.py`.")
+        return
+    hours = sum(r["wall_seconds"] for r in done) / 3600
+    rows = [
+        [SETTINGS[setting]["title"], *verdict(setting, "greedy"), *verdict(setting, "sampled")] for setting in SETTINGS
+    ]
+    target = "VLMQ above SFT and filtered cloning, intervals apart; in points"
+    parts = [
+        f"{len(done)} of {len(all_runs())} runs, {hours:.1f} hours of computing, "
+        f"on: {'; '.join(sorted({describe(r['machine']) for r in done}))}. "
+        + ", ".join(f"{name} {number}" for name, number in done[-1]["versions"].items())
+        + ".\n\nTables, tests and settings as under Learning.",
+        markdown_table([target, "greedy", "", "sampled", ""], rows),
+        *map(setting_section, SETTINGS),
+    ]
+    write_section(PAGE, "domains", "\n\n".join(filter(None, parts)))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(__file__, __doc__.splitlines()[0], all_runs(), learning.work, report, learning.prepare))
