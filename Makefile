@@ -64,6 +64,7 @@ bench: $(ALL_READY)
 	$(BIN)/python examples/benchmarks/replay.py
 	$(BIN)/python examples/benchmarks/scaling.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/domains.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/online.py
 
 clean:

@@ -2,7 +2,7 @@
 """Features of pictures that a frozen vision tower has seen: each picture goes through the tower once.
 
 An agent's turns are learned from many times, and their pictures repeat; while nothing before the language model is
-trained, neither do the features change. Transformers' forward takes them in place of the pixels (`mm_encoder_outputs`).
+trained, the features stay the same. Transformers' forward takes them in place of the pixels (`mm_encoder_outputs`).
 What was left out: sharing between processes, keeping them on the disk.
 """
 
@@ -38,7 +38,7 @@ class VisionFeatureCache:
 
     def __init__(self, model: PreTrainedModel, max_bytes: int):
         backbone: Any = model.base_model
-        self._encode = getattr(backbone, "get_image_features", None)
+        self._encode: Any = getattr(backbone, "get_image_features", None)
         if self._encode is None or "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:
             raise ValueError(
                 f"{type(model).__name__} cannot be given the features of its pictures, so there is nothing to "

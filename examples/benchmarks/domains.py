@@ -103,8 +103,8 @@ def setting_section(setting: str) -> str:
     rows += [line(NAMES[variant], found) for variant, found in by_method.items()]
     arguments = described["arguments"]
     return (
-        f"### {described['title']}\n\n{described['about']} {arguments['episodes']:,} episodes of `{arguments['policy']}` "
-        f"play. Settings: {listed(arguments)}.\n\n{markdown_table(HEADER, rows)}"
+        f"### {described['title']}\n\n{described['about']} {arguments['episodes']:,} episodes of "
+        f"`{arguments['policy']}` play. Settings: {listed(arguments)}.\n\n{markdown_table(HEADER, rows)}"
     )
 
 
