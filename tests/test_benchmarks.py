@@ -9,7 +9,7 @@ import gymnasium
 import pytest
 
 from examples import train_agent
-from examples.benchmarks import common, learning, online, speed, tabular
+from examples.benchmarks import common, domains, learning, online, speed, tabular
 from tests import tiny_models
 from vlmq_trl import collect_demonstrations, filter_top_returns
 from vlmq_trl.rollout import Response
@@ -85,10 +85,10 @@ def made_up(run, successes):
 def pages(tmp_path, monkeypatch):
     """The benchmark with its results and pages in a folder of the test's own."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.md").write_text("".join(map(MARKED.format, ("learning", "online", "speed"))))
+    (tmp_path / "docs" / "results.md").write_text("".join(map(MARKED.format, ("learning", "domains", "online", "speed"))))
     (tmp_path / "README.md").write_text(MARKED.format("learning"))
-    for module in (common, learning, online, speed):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    for module in (common, domains, learning, online, speed):
+        monkeypatch.setattr(module, "ROOT", tmp_path, raising=False)
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "results.md")
     return tmp_path
@@ -271,6 +271,34 @@ def test_tables_see_the_data_of_the_models(game):
     best = [tabular.total(steps) for steps in tabular.best_episodes(played, 0.25, seed=3)]
     rewards = sum(filter_top_returns(dataset, 0.25, seed=3)["reward"])
     assert sum(best) == pytest.approx(rewards)
+
+
+# ---- other domains ----
+
+
+def test_domain_runs_are_understood_by_the_script():
+    runs = domains.all_runs()
+    assert len({run.path for run in runs}) == len(runs)
+    for run in runs:
+        script, args, _ = train_agent.parse(run.argv)
+        assert script.env_id == run.arguments["env_id"] and args.seed == run.seed
+        assert script.env_kwargs == {"max_turns": 12} or run.setting != "BabyAI-GoToObj"
+
+
+def test_the_domains_report(pages):
+    domains.report()
+    assert "Nothing has been measured yet" in (pages / "docs" / "results.md").read_text()
+    for variant, successes in {"sft": 300, "filtered_bc": 320, "vlmq_scalar": 330}.items():
+        run = domains.DomainRun("BabyAI-GoToObj", variant, 0)
+        common.write_json(run.path, made_up(run, successes))
+    domains.report()
+    page = (pages / "docs" / "results.md").read_text()
+    assert "| BabyAI, GoToObj | +1.0 | **missed** | +1.0 | **missed** |" in page
+    assert "| the data | – | – | **28.0** (25.3–30.9) | 28.0–28.0 * |" in page and "| before training |" in page
+    run = domains.DomainRun("BabyAI-GoToObj", "vlmq_scalar", 0)
+    common.write_json(run.path, made_up(run, 800))
+    domains.report()
+    assert "| BabyAI, GoToObj | +48.0 | reached |" in (pages / "docs" / "results.md").read_text()
 
 
 # ---- online ----
