@@ -32,10 +32,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
-# DeepSpeed, and the other domains' packages: a browser's driver, a text game engine that is compiled, an emulator.
+# DeepSpeed, bitsandbytes, and the other domains' packages: a browser's driver, a text game engine that is compiled, an emulator.
 $(ALL_READY): $(READY)
-	@echo "Adding DeepSpeed and the packages of all environments (some are compiled: a few minutes) ..."
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,envs,deepspeed]' -c constraints.txt
+	@echo "Adding DeepSpeed, bitsandbytes and the packages of all environments (some are compiled: a few minutes) ..."
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,envs,deepspeed,qlora]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)

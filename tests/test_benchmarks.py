@@ -85,7 +85,9 @@ def made_up(run, successes):
 def pages(tmp_path, monkeypatch):
     """The benchmark with its results and pages in a folder of the test's own."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.md").write_text("".join(map(MARKED.format, ("learning", "domains", "online", "speed"))))
+    (tmp_path / "docs" / "results.md").write_text(
+        "".join(map(MARKED.format, ("learning", "domains", "online", "speed")))
+    )
     (tmp_path / "README.md").write_text(MARKED.format("learning"))
     for module in (common, domains, learning, online, speed):
         monkeypatch.setattr(module, "ROOT", tmp_path, raising=False)

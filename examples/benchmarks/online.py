@@ -88,11 +88,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Success is rare at first (1 in 100 episodes): every one is kept, and play stays varied.
     "EZPoints": {
         **STEP_BY_STEP,
-        "offline_steps": 800,
+        "offline_steps": 400,
         "updates_per_turn": 0.1,
         "rollout_temperature": 1.0,
+        "rollout_epsilon": 0.2,
         "replay_capacity": 2 * BUDGET,
-        "online_fraction": 0.75,
+        "online_fraction": 0.6,
         "eval_steps": 200,
     },
     "Blackjack": {
