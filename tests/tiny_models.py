@@ -90,6 +90,24 @@ def idefics3() -> tuple[Any, Any]:
     return tf.Idefics3ForConditionalGeneration(config), processor
 
 
+def smolvlm() -> tuple[Any, Any]:
+    """4 image tokens. SmolVLM2 is of this family."""
+    tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    images = tf.SmolVLMImageProcessorPil(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
+    )
+    template = chat_template("<image>")
+    processor = image_only(tf.SmolVLMProcessor)(images, tokenizer, image_seq_len=4, chat_template=template)
+    config = tf.SmolVLMConfig(
+        vision_config=VISION,
+        text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+        pad_token_id=PAD_ID,
+    )
+    return tf.SmolVLMForConditionalGeneration(config), processor
+
+
 def llava() -> tuple[Any, Any]:
     """SigLIP tower, 16 image tokens."""
     tokenizer = make_tokenizer("<image>")
@@ -161,6 +179,8 @@ def image_only(processor_class: Any) -> Any:
     """The processor class without its video part, which needs torchvision."""
 
     class ImageOnly(processor_class):
+        apply_chat_template = tf.ProcessorMixin.apply_chat_template
+
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
@@ -298,6 +318,7 @@ def qwen3() -> tuple[Any, Any]:
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "idefics3": idefics3,
+    "smolvlm": smolvlm,
     "llava": llava,
     "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
@@ -308,7 +329,17 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llama": llama,
     "qwen3": qwen3,
 }
-VLM_NAMES = ("idefics3", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3")
+VLM_NAMES = (
+    "idefics3",
+    "smolvlm",
+    "llava",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "gemma3",
+)
 TEXT_NAMES = ("llama", "qwen3")
 
 
