@@ -19,7 +19,7 @@ from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, t
 from vlmq_trl import losses
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
-from vlmq_trl.online import Schedule, changing, copy_of_policy, online_fraction
+from vlmq_trl.online import Schedule, changing, copy_of_policy, exploration, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
@@ -118,6 +118,21 @@ def test_the_share_of_collected_turns(tmp_path):
     shares = [online_fraction(args, update) for update in range(8)]
     assert shares == pytest.approx([0, 0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.8])
     assert [online_fraction(config(tmp_path, online_fraction=0.4), u) for u in (0, 99)] == [0.4, 0.4]
+
+
+def test_exploration_moves_over_the_collected_turns(tmp_path):
+    args = config(
+        tmp_path,
+        rollout_temperature_start=1.5,
+        rollout_temperature=0.5,
+        rollout_epsilon=0.1,
+        rollout_annealing_turns=200,
+    )
+    schedule = Schedule(offline_steps=0, turns_per_round=100, updates_per_round=1, warmup_turns=150, max_turns=400)
+    before = [schedule.turns_before(round) for round in (1, 2, 3)]
+    assert before == [0, 150, 250]
+    assert [exploration(args, "rollout_temperature", turns) for turns in before] == pytest.approx([1.5, 0.75, 0.5])
+    assert [exploration(args, "rollout_epsilon", turns) for turns in before] == [0.1] * 3
 
 
 # ---- a run ----
@@ -259,6 +274,16 @@ def test_exploring_lets_a_model_that_cannot_act_meet_rewards(tmp_path):
     assert {turn.action for turn in turns} == {"-", "+"} and all(turn.valid for turn in turns)
     assert all(turn.behavior_logprobs is None for turn in turns)
     assert len({turn.reward for turn in turns}) > 1
+
+
+def test_exploration_that_ends(tmp_path):
+    """All of the first round's actions are explored, none of the last round's."""
+    trainer = make_trainer(
+        tmp_path, rollout_epsilon_start=1.0, rollout_annealing_turns=1, rollout_temperature_start=5.0, max_steps=4
+    )
+    trainer.train()
+    rates = [log["rollout_valid_rate"] for log in trainer.state.log_history if "rollout_round" in log]
+    assert len(rates) >= 2 and rates[0] == 1 and rates[-1] == 0
 
 
 # ---- going on ----

@@ -78,6 +78,10 @@ class Schedule:
         due = 1 + (update - self.offline_steps) // self.updates_per_round
         return due if self.num_rounds is None else min(due, self.num_rounds)
 
+    def turns_before(self, round: int) -> int:
+        """Turns collected in all before a round."""
+        return 0 if round == 1 else self.turns_after(round - 1)
+
     def turns_after(self, round: int) -> int:
         """Turns collected in all by the end of a round."""
         turns = self.first_round + (round - 1) * self.turns_per_round
@@ -92,6 +96,15 @@ def online_fraction(args: VLMQConfig, update: int) -> float:
         return args.online_fraction
     moved = (update - args.offline_steps) / args.online_fraction_steps
     return args.online_fraction_start + moved * (args.online_fraction - args.online_fraction_start)
+
+
+def exploration(args: VLMQConfig, name: str, turns: int) -> float:
+    """`rollout_temperature` or `rollout_epsilon` of a round before which so many turns were collected: a line from
+    where it starts, over `rollout_annealing_turns`, then constant."""
+    start, end = getattr(args, f"{name}_start"), getattr(args, name)
+    if start is None or turns >= args.rollout_annealing_turns:
+        return end
+    return start + turns / args.rollout_annealing_turns * (end - start)
 
 
 class OnlineData:
@@ -214,7 +227,7 @@ class OnlineData:
                 seed = (self.args.seed, round, int(self.buffer.counters.get("next_episode", 0)), *self._other_process)
                 torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
                 try:
-                    played = self.play(round, policy or self.model_policy(self.model))
+                    played = self.play(round, policy or self.model_policy(self.model, round))
                 except Exception as failure:
                     error = failure
         finally:
@@ -237,11 +250,11 @@ class OnlineData:
         """What tells this process's random draws from the first one's."""
         return (self.process,) if self.process else ()
 
-    def model_policy(self, model: Any) -> ModelPolicy:
+    def model_policy(self, model: Any, round: int) -> ModelPolicy:
         return ModelPolicy(
             model,
             self.processing_class,
-            temperature=self.args.rollout_temperature,
+            temperature=exploration(self.args, "rollout_temperature", self.schedule.turns_before(round)),
             max_completion_length=self.args.max_completion_length,
             batch_size=self.args.rollout_num_envs,
             logprobs=True,
@@ -271,7 +284,7 @@ class OnlineData:
         )
         complete = False
         try:
-            for episode in self.rollouts.play(self._exploring(policy), numbers()):
+            for episode in self.rollouts.play(self._exploring(policy, round), numbers()):
                 buffer.append(episode, round=round)
                 played.episodes.append(measures(episode))
                 bar.update(len(episode.turns))
@@ -287,10 +300,9 @@ class OnlineData:
         played.retokenized = getattr(policy, "retokenized", 0)
         return played
 
-    def _exploring(self, policy: Policy) -> Policy:
-        if not self.args.rollout_epsilon:
-            return policy
-        return ExploringPolicy(policy, self.rollouts.agent_format, self.args.rollout_epsilon)
+    def _exploring(self, policy: Policy, round: int) -> Policy:
+        epsilon = exploration(self.args, "rollout_epsilon", self.schedule.turns_before(round))
+        return ExploringPolicy(policy, self.rollouts.agent_format, epsilon) if epsilon else policy
 
     # ---- a batch ----
 
@@ -425,12 +437,13 @@ class AsyncOnlineData(OnlineData):
 
     def _work(self) -> None:
         try:
-            round, policy = 1, self.policy or _UpToDate(self, self.model_policy(self._copy))
+            round = 1
             while not self._stopping:
                 with self._state:
                     if round > self._wanted:
                         self._state.wait(timeout=1.0)
                         continue
+                policy = self.policy or _UpToDate(self, self.model_policy(self._copy, round))
                 measured = {} if self._has(round) else measure(round, [self.play(round, policy)])
                 with self._state:
                     self._reports += [measured] if measured else []

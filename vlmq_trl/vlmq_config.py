@@ -108,6 +108,12 @@ class VLMQConfig(SFTConfig):
         rollout_epsilon (`float`, *optional*, defaults to `0.0`):
             Share of the collected turns in which a uniformly random legal action takes the place of the model's own,
             and with it of all actions that are not legal. Needs an environment that lists its `legal_actions`.
+        rollout_temperature_start (`float`, *optional*):
+            Temperature of the first round, to explore more at first; constant when not given.
+        rollout_epsilon_start (`float`, *optional*):
+            The same of `rollout_epsilon`.
+        rollout_annealing_turns (`int`, *optional*, defaults to `0`):
+            Collected turns over which the two move from their start, linearly, round by round.
         rollout_seed (`int`, *optional*, defaults to `10_000_000`):
             Seed of the first collected episode; the evaluation's must lie below it.
         rollout_workers (`bool`, *optional*, defaults to `False`):
@@ -204,6 +210,15 @@ class VLMQConfig(SFTConfig):
     rollout_epsilon: float = field(
         default=0.0, metadata={"help": "Share of the collected turns with a random legal action in place of its own."}
     )
+    rollout_temperature_start: float | None = field(
+        default=None, metadata={"help": "That of the first round; default: `rollout_temperature`."}
+    )
+    rollout_epsilon_start: float | None = field(
+        default=None, metadata={"help": "That of the first round; default: `rollout_epsilon`."}
+    )
+    rollout_annealing_turns: int = field(
+        default=0, metadata={"help": "Collected turns from the first round's temperature and epsilon to the others."}
+    )
     rollout_seed: int = field(default=10_000_000, metadata={"help": "Seed of the first collected episode."})
     rollout_workers: bool = field(default=False, metadata={"help": "A process of its own for each environment."})
     env_timeout: float | None = field(
@@ -268,6 +283,7 @@ class VLMQConfig(SFTConfig):
             "offline_steps",
             "replay_warmup_turns",
             "online_fraction_steps",
+            "rollout_annealing_turns",
             "rollout_seed",
             "max_env_failures",
             "record_episodes",
@@ -278,15 +294,23 @@ class VLMQConfig(SFTConfig):
             "filter_max_weight",
             "updates_per_turn",
             "rollout_temperature",
+            "rollout_temperature_start",
             "env_timeout",
         ):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "must be positive")
-        for name in ("online_fraction", "online_fraction_start", "rollout_epsilon", "stop_at_success"):
+        shares = ("online_fraction", "online_fraction_start", "rollout_epsilon", "rollout_epsilon_start")
+        for name in (*shares, "stop_at_success"):
             value = getattr(self, name)
             self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
         for name in ("target_tau", "target_norm_rate"):
             self._require(0 < getattr(self, name) <= 1, name, "must lie in (0, 1]")
+        starts = [n for n in ("rollout_temperature_start", "rollout_epsilon_start") if getattr(self, n) is not None]
+        if bool(starts) != bool(self.rollout_annealing_turns):
+            raise ValueError(
+                f"`rollout_annealing_turns={self.rollout_annealing_turns}` and `rollout_temperature_start` or "
+                "`rollout_epsilon_start` go together: from where, and over how many collected turns."
+            )
         if self.env_timeout is not None and not self.rollout_workers:
             raise ValueError(
                 f"`env_timeout={self.env_timeout}` has no effect on an environment in this process, which cannot be "

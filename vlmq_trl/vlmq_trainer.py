@@ -375,9 +375,10 @@ class VLMQTrainer(SFTTrainer):
         if self.rollout_policy is not None and hasattr(self.rollout_policy, "check"):
             self.rollout_policy.check()
         first_look, lists_actions = _first_look(self.env, agent_format, args.rollout_seed)
-        if args.rollout_epsilon and not lists_actions:
+        epsilon = args.rollout_epsilon or args.rollout_epsilon_start
+        if epsilon and not lists_actions:
             raise ValueError(
-                f"`rollout_epsilon={args.rollout_epsilon}` needs to know what can be done: give the environment an "
+                f"`rollout_epsilon={epsilon}` needs to know what can be done: give the environment an "
                 "attribute `legal_actions`, a sequence of strings."
             )
         with_images = "images" in first_look.column_names
