@@ -88,12 +88,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # Success is rare at first (1 in 100 episodes): every one is kept, and play stays varied.
     "EZPoints": {
         **STEP_BY_STEP,
-        "offline_steps": 400,
+        "offline_steps": 800,
         "updates_per_turn": 0.1,
-        "rollout_temperature": 1.0,
-        "rollout_epsilon": 0.2,
+        # Varied play at first: what is misplayed is misplayed with confidence.
+        "rollout_temperature_start": 1.5,
+        "rollout_temperature": 0.8,
+        "rollout_annealing_turns": 12_000,
         "replay_capacity": 2 * BUDGET,
-        "online_fraction": 0.6,
+        "online_fraction": 0.75,
         "eval_steps": 200,
     },
     "Blackjack": {
