@@ -117,13 +117,14 @@ def test_a_batch_without_pictures_passes():
     assert model(**batch).log_probs.isfinite().all() and model.vision_cache.misses == 0
 
 
-def train(folder, **kwargs):
+def train(folder, lora=False, **kwargs):
     model, processor = tiny_models.build("idefics3")
     trainer = VLMQTrainer(
-        freeze(model),
+        model if lora else freeze(model),
         small_runs.config(folder, max_steps=4, filter="exp", **kwargs),
         train_dataset=small_runs.number_line(),
         processing_class=processor,
+        peft_config=peft.LoraConfig(target_modules=LORA_TARGETS) if lora else None,
     )
     trainer.train()
     return trainer
@@ -137,6 +138,15 @@ def test_a_trainer_learns_the_same_with_it(tmp_path):
     assert rates == sorted(rates) and 0 < rates[-1] < 1
     assert not any("vision_cache_hit_rate" in record for record in plain.state.log_history)
     assert copy.deepcopy(cached.model).vision_cache is cached.model.vision_cache
+
+
+def test_it_goes_with_checkpointed_activations_half_precision_and_lora(tmp_path):
+    """And with the head in chunks, which is always so."""
+    kwargs = {"lora": True, "activation_checkpointing": True, "bf16": True, "critic_type": "vocab"}
+    plain, cached = (train(tmp_path / str(gb), vision_cache_gb=gb, **kwargs) for gb in (0.0, 0.1))
+    assert cached.model.vision_cache.hits > 0
+    one, other = ([r["loss"] for r in t.state.log_history if "loss" in r] for t in (plain, cached))
+    assert len(one) == 4 and one == pytest.approx(other, rel=2e-2)
 
 
 def test_split_weights_are_refused(tmp_path, monkeypatch):

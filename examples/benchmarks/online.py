@@ -90,10 +90,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **STEP_BY_STEP,
         "offline_steps": 800,
         "updates_per_turn": 0.1,
-        # Varied play at first: what is misplayed is misplayed with confidence.
-        "rollout_temperature_start": 1.5,
-        "rollout_temperature": 0.8,
-        "rollout_annealing_turns": 12_000,
+        "rollout_temperature": 1.0,
         "replay_capacity": 2 * BUDGET,
         "online_fraction": 0.75,
         "eval_steps": 200,
