@@ -284,7 +284,7 @@ def test_domain_runs_are_understood_by_the_script():
     for run in runs:
         script, args, _ = train_agent.parse(run.argv)
         assert script.env_id == run.arguments["env_id"] and args.seed == run.seed
-        assert script.env_kwargs == {"max_turns": 12} or run.setting != "BabyAI-GoToObj"
+        assert [f"{name}={value}" for name, value in script.env_kwargs.items()] == run.arguments["env_options"]
 
 
 def test_the_domains_report(pages):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from examples import train_agent
 from tests import small_runs, tiny_models
 from vlmq_trl import VLMQTrainer, vlmq_trainer
 from vlmq_trl.collator import VLMQDataCollator
@@ -81,6 +82,9 @@ def test_another_size_or_a_single_pixel_is_another_picture():
     for batch in (one, large, changed):
         model(**batch)
     assert (model.vision_cache.misses, model.vision_cache.hits) == (3, 0)
+    for batch in (large, one):  # known by the same numbers after a larger one has come
+        model(**batch)
+    assert (model.vision_cache.misses, model.vision_cache.hits) == (3, 2)
 
 
 def test_what_is_longest_out_of_use_goes_first():
@@ -153,6 +157,17 @@ def test_split_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vlmq_trainer, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="all of them must enter the vision tower together"):
         train(tmp_path, vision_cache_gb=0.1)
+
+
+@pytest.mark.parametrize("flags", ["", " --use_peft"], ids=["full", "LoRA"])
+def test_the_script_freezes_what_comes_before_the_language_model(flags, tmp_path):
+    for part in tiny_models.build("idefics3"):
+        part.save_pretrained(tmp_path / "base")
+    argv = f"--model_name_or_path {tmp_path / 'base'} --game NumberLine --method vlmq --episodes 8 --max_steps 2"
+    argv += " --eval_steps 2 --eval_episodes 2 --test_episodes 2 --before_episodes 0 --max_completion_length 4"
+    argv += f" --disable_tqdm true --logging_steps 1 --vision_cache_gb 0.1 --output_dir {tmp_path / 'run'}" + flags
+    found = train_agent.main(argv.split())
+    assert len(found["methods"]["vlmq"]["history"]) == 2
 
 
 def test_half_precision_features():

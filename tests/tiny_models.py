@@ -75,37 +75,30 @@ def chat_template(image: str = "") -> str:
 
 def idefics3() -> tuple[Any, Any]:
     """4 image tokens."""
-    tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
-    images = tf.Idefics3ImageProcessorPil(
-        size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
+    return _idefics(
+        tf.Idefics3ImageProcessorPil, tf.Idefics3Processor, tf.Idefics3Config, tf.Idefics3ForConditionalGeneration
     )
-    processor = tf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=chat_template("<image>"))
-    config = tf.Idefics3Config(
-        vision_config=VISION,
-        text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
-        scale_factor=2,
-        image_token_id=processor.image_token_id,
-        pad_token_id=PAD_ID,
-    )
-    return tf.Idefics3ForConditionalGeneration(config), processor
 
 
 def smolvlm() -> tuple[Any, Any]:
     """4 image tokens. SmolVLM2 is of this family."""
+    processor = image_only(tf.SmolVLMProcessor)
+    return _idefics(tf.SmolVLMImageProcessorPil, processor, tf.SmolVLMConfig, tf.SmolVLMForConditionalGeneration)
+
+
+def _idefics(image_processor: Any, processor_class: Any, config_class: Any, model_class: Any) -> tuple[Any, Any]:
     tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
-    images = tf.SmolVLMImageProcessorPil(
-        size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
-    )
-    template = chat_template("<image>")
-    processor = image_only(tf.SmolVLMProcessor)(images, tokenizer, image_seq_len=4, chat_template=template)
-    config = tf.SmolVLMConfig(
+    size = {"longest_edge": 64}
+    images = image_processor(size=size, max_image_size=size, do_image_splitting=False)
+    processor = processor_class(images, tokenizer, image_seq_len=4, chat_template=chat_template("<image>"))
+    config = config_class(
         vision_config=VISION,
         text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
         scale_factor=2,
         image_token_id=processor.image_token_id,
         pad_token_id=PAD_ID,
     )
-    return tf.SmolVLMForConditionalGeneration(config), processor
+    return model_class(config), processor
 
 
 def llava() -> tuple[Any, Any]:

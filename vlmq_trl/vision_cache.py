@@ -57,7 +57,7 @@ class VisionFeatureCache:
         self._names = [name for name in inspect.signature(self._encode).parameters if name != "kwargs"]
         self.max_bytes, self._bytes = max_bytes, 0
         self._known: OrderedDict[tuple, Features] = OrderedDict()
-        self._weights: dict[int, Tensor] = {}
+        self._weights, self._generator = torch.zeros(2, 0, dtype=torch.int64), torch.Generator().manual_seed(0)
         self.hits = self.misses = 0
 
     def hit_rate(self) -> float:
@@ -110,11 +110,11 @@ class VisionFeatureCache:
         if not flat.numel():
             return (0, 0)
         numbers = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        if len(numbers) not in self._weights:
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randint(-(2**63), 2**63 - 1, (2, len(numbers)), generator=generator)
-            self._weights[len(numbers)] = drawn.to(numbers.device)
-        first, second = (self._weights[len(numbers)] * numbers).sum(-1).tolist()
+        lacking = len(numbers) - self._weights.shape[1]
+        if lacking > 0:  # as many as the largest picture needs; those that were drawn stay, so that keys do too
+            drawn = torch.randint(-(2**63), 2**63 - 1, (2, lacking), generator=self._generator)
+            self._weights = torch.cat([self._weights.to(numbers.device), drawn.to(numbers.device)], dim=1)
+        first, second = (self._weights[:, : len(numbers)] * numbers).sum(-1).tolist()
         return first, second
 
 
