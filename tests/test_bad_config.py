@@ -35,6 +35,8 @@ BROKEN_CONFIGS = [
     ({"critic_coef": -1.0}, "`critic_coef=-1.0`: it must not be negative"),
     ({"critic_coef": INFINITY}, "`critic_coef=inf`: it must be a finite number"),
     ({"critic_coef": 0}, "`filter='binary'` would filter by noise"),
+    ({"critic_coef": 0, "filter": "none", "replay_prioritized_fraction": 0.5}, "what surprises it"),
+    ({"replay_prioritized_fraction": 1.5}, "`replay_prioritized_fraction=1.5`: it must lie in"),
     ({"critic_coef": 0, "filter": "exp"}, "Set `filter='none'` for plain SFT"),
     ({"critic_learning_rate": 0.0}, "`critic_learning_rate=0.0`: it must be positive"),
     ({"critic_learning_rate": "1e-3"}, "`critic_learning_rate='1e-3'`: it must be a finite number"),

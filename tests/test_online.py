@@ -202,6 +202,36 @@ def test_batches_hold_the_share_that_was_asked_for(tmp_path):
     assert len(rows) == 4 * 8 and (rows >= len(text_number_line())).sum() == 8
 
 
+def test_what_went_better_than_expected_comes_back(tmp_path):
+    """A turn's priority is what its return had over the critic's value when it was last seen."""
+    trainer = make_trainer(
+        tmp_path, dataset=text_number_line(), replay_prioritized_fraction=0.5, rollout_epsilon=1.0, max_steps=5
+    )
+    seen = {}
+    opened = trainer._open_online
+
+    def watched(env):
+        opened(env)
+        learned = trainer._online.learned
+
+        def learn(rows, returns, values):
+            assert (returns == trainer._online.buffer.return_to_go[rows].astype(np.float32)).all()
+            # Of a turn that a batch holds twice, one of two equal numbers.
+            seen.update(zip(rows.tolist(), np.maximum(returns - values, 0).tolist(), strict=True))
+            learned(rows, returns, values)
+
+        trainer._online.learned = learn
+
+    trainer._open_online = watched
+    trainer.train()
+    online, offline = trainer._online, len(text_number_line())
+    rows = np.array([row for row in seen if row >= offline])
+    assert (online.priorities.start, online.priorities.end) == (offline, online.end)
+    np.testing.assert_allclose(online.priorities[rows], [seen[row] for row in rows], atol=1e-6)
+    assert 0 < (online.priorities[rows] > 0).sum() < len(rows)
+    assert step_logs(trainer)[-1]["replay_surprise"] > 0
+
+
 def test_two_runs_are_one(tmp_path):
     """Equal seeds: equal episodes, log-probabilities and weights."""
     runs = [make_trainer(tmp_path / name, dataset=text_number_line(), offline_steps=1) for name in "ab"]
@@ -289,10 +319,11 @@ def test_exploration_that_ends(tmp_path):
 # ---- going on ----
 
 
-@pytest.mark.parametrize("saved", [3, 4])
-def test_resume(tmp_path, saved):
+@pytest.mark.parametrize(("saved", "prioritized"), [(3, 0.0), (4, 0.0), (4, 0.75)])
+def test_resume(tmp_path, saved, prioritized):
     """From a checkpoint in the middle of a round, or at its end, a run goes on bit by bit."""
     run = {"dataset": text_number_line(), "offline_steps": 1, "save_strategy": "steps", "save_steps": saved}
+    run["replay_prioritized_fraction"] = prioritized
     whole = make_trainer(tmp_path / "whole", **run)
     whole.train()
     cut = make_trainer(tmp_path / "cut", callbacks=[StopAt(5)], **run)

@@ -2,6 +2,7 @@
 """The replay buffer: what goes in comes out, rows keep their ids, sampling is uniform, nothing reported is lost."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import tempfile
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from PIL import Image
 
 from tests import tiny_models
 from tests.test_trajectory import EPISODES, assert_equal_episodes, make_episode, picture, prompt, train
-from vlmq_trl.replay import ReplayBuffer, load_replay, process_folder
+from vlmq_trl.replay import Priorities, ReplayBuffer, load_replay, process_folder
 from vlmq_trl.replay import buffer as replay_buffer
 from vlmq_trl.replay.contents import draw_segments
 from vlmq_trl.replay.offline import PNG_SIGNATURE
@@ -511,7 +513,7 @@ def test_segments_are_consecutive_turns_of_one_episode(lengths, segment_length, 
             buffer.append(episode(k, n, pictures=False), round=0)
         buffer.commit()
         rng = np.random.default_rng(seed)
-        segments = draw_segments(buffer._state, rng, 0, buffer.end, turns, segment_length)
+        segments = draw_segments(buffer._state, rng, partial(rng.integers, 0, buffer.end), turns, segment_length)
         assert segments[:, 1].sum() == turns and segments[:, 1].min() >= 1
         assert segments[:, 1].max() <= segment_length
         episode_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -520,7 +522,8 @@ def test_segments_are_consecutive_turns_of_one_episode(lengths, segment_length, 
         # A batch is such segments, in random order.
         rng = np.random.default_rng(seed)
         rng.random()  # for the fraction
-        segments = rng.permutation(draw_segments(buffer._state, rng, 0, buffer.end, turns, segment_length))
+        draw = partial(rng.integers, 0, buffer.end)
+        segments = rng.permutation(draw_segments(buffer._state, rng, draw, turns, segment_length))
         rows = buffer.sample(np.random.default_rng(seed), turns, segment_length, 0.3)
         assert rows.tolist() == [row for first, size in segments for row in range(first, first + size)]
 
@@ -530,7 +533,8 @@ def test_cuts_fall_everywhere(tmp_path):
     with ReplayBuffer(tmp_path, with_images=False) as buffer:
         buffer.append(episode(0, 3, pictures=False), round=0)
         buffer.commit()
-        segments = draw_segments(buffer._state, np.random.default_rng(0), 0, 3, 6_001, 2)
+        rng = np.random.default_rng(0)
+        segments = draw_segments(buffer._state, rng, partial(rng.integers, 0, 3), 6_001, 2)
         found, counts = np.unique(segments[:-1], axis=0, return_counts=True)  # the last one had to fit
         assert found.tolist() == [[0, 1], [0, 2], [1, 2], [2, 1]]
         # 6000 turns in segments of 1.5 on average: 1000 of each, with a deviation of about 27
@@ -561,8 +565,86 @@ def test_the_window_and_the_fraction(tmp_path):
             with pytest.raises(ValueError, match=f"ends at row {end}: give an episode's end in 0..19"):
                 buffer.start(end)
         for arguments in ((0, 4, 0.5), (4, 0, 0.5), (4, 4, 1.5)):
-            with pytest.raises(ValueError, match="at least 1 and online_fraction in"):
+            with pytest.raises(ValueError, match="at least 1 and the fractions in"):
                 buffer.sample(rng, *arguments)
+
+
+class SlowPriorities:
+    """What `Priorities` should be: a number for each row."""
+
+    def __init__(self):
+        self.values: dict[int, float] = {}
+
+    def cover(self, start, end):
+        new = max(self.values.values(), default=0.0) or 1.0
+        self.values = {row: self.values.get(row, new) for row in range(start, end)}
+
+    def update(self, rows, values):
+        self.values |= {row: value for row, value in zip(rows, values, strict=True) if row in self.values}
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_priorities_are_what_was_set_wherever_the_window_goes(data):
+    fast, slow, start, end = Priorities(), SlowPriorities(), 0, 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        if data.draw(st.booleans()):
+            end += data.draw(st.integers(0, 20))
+            start = data.draw(st.integers(start, end))
+            fast.cover(start, end)
+            slow.cover(start, end)
+        else:
+            rows = data.draw(st.lists(st.integers(0, 60), unique=True))
+            values = [data.draw(st.sampled_from([0.0, 0.5, 3.0])) for _ in rows]
+            fast.update(np.array(rows, dtype=np.int64), np.array(values))
+            slow.update(rows, values)
+    kept = list(slow.values)
+    assert (fast.start, fast.end) == (start, end)
+    assert fast[np.array(kept, dtype=np.int64)].tolist() == list(slow.values.values())
+    assert fast.total == sum(slow.values.values())
+    if fast.total:
+        drawn = fast.draw(np.random.default_rng(0), 200)
+        assert all(slow.values[row] > 0 for row in drawn.tolist())
+    file = io.BytesIO()
+    fast.save(file)
+    file.seek(0)
+    again = Priorities()
+    again.load(file)
+    assert (again.start, again.end, again.total) == (start, end, fast.total)
+    if fast.total:
+        assert again.draw(np.random.default_rng(0), 200).tolist() == drawn.tolist()
+
+
+def test_rows_are_drawn_in_proportion_to_their_priorities():
+    priorities = Priorities()
+    priorities.cover(10, 15)
+    priorities.update(np.array([10, 11, 12, 13, 14]), np.array([0.0, 1.0, 2.0, 0.0, 5.0]))
+    rows, counts = np.unique(priorities.draw(np.random.default_rng(0), 80_000), return_counts=True)
+    assert rows.tolist() == [11, 12, 14]
+    assert np.abs(counts / 10_000 - [1, 2, 5]).max() < 0.06  # of deviations below 0.014
+
+
+def test_part_of_a_batch_goes_by_priority(tmp_path):
+    with filled(tmp_path, range(10), with_images=False) as buffer:  # e0..e9: 1, 2, 3, 1, ... turns
+        episode_of = np.cumsum(buffer.turn[np.arange(len(buffer))] == 0) - 1
+        priorities, rng = Priorities(), np.random.default_rng(0)
+        priorities.cover(0, len(buffer))
+        priorities.update(np.arange(len(buffer)), np.where(np.arange(len(buffer)) == 4, 2.0, 0.0))
+
+        def drawn(share: float) -> np.ndarray:
+            arguments = {"priorities": priorities, "prioritized_fraction": share}
+            return np.concatenate([buffer.sample(rng, 8, 4, 1.0, **arguments) for _ in range(100)])
+
+        # All of the surprising turn's episode, and nothing else; cut short only where a batch is full.
+        rows = drawn(1.0)
+        assert set(episode_of[rows]) == {episode_of[4]}
+        counts = np.bincount(episode_of[drawn(0.5)], minlength=10)
+        assert counts.sum() == 800 and counts[episode_of[4]] > 400 and (counts > 0).all()
+        # Where nothing surprises any more, every turn is as likely as any other.
+        priorities.update(np.array([4]), np.array([0.0]))
+        assert set(drawn(1.0)) == set(range(len(buffer)))
+        with pytest.raises(ValueError, match="fractions in"):
+            drawn(1.5)
 
 
 def test_a_part_that_is_empty_gives_its_share(tmp_path):

@@ -180,9 +180,9 @@ class VLMQDataCollator:
 
     Returns (from calling it):
         `input_ids`, `attention_mask`, `labels` [B, T] and the family's own tensors; `bootstrap_mask` [B, T] bool;
-        `turn_segment`, `turn_reward`, `turn_terminated`, `turn_return_to_go` [R]; `segment_bootstrap` [S] row of
-        `bootstrap_mask`'s True entries that follows each segment, -1 for none; `behavior_log_probs` [A], NaN where
-        unknown, only if the data has any.
+        `turn_row`, `turn_segment`, `turn_reward`, `turn_terminated`, `turn_return_to_go` [R]; `segment_bootstrap` [S]
+        row of `bootstrap_mask`'s True entries that follows each segment, -1 for none; `behavior_log_probs` [A], NaN
+        where unknown, only if the data has any.
 
     Raises:
         ValueError: a row too long, without action tokens, or with more behaviour log-probabilities than tokens.
@@ -210,6 +210,7 @@ class VLMQDataCollator:
             width = labels.shape[1]
             last = width - 1 - batch["attention_mask"][turns:].flip(1).argmax(1)
             batch["bootstrap_mask"][torch.arange(turns, len(rows)), last] = True
+        batch["turn_row"] = torch.tensor([item["row"] for item in items])
         batch["turn_segment"] = torch.tensor([item["segment"] for item in items])
         batch["turn_reward"] = torch.tensor([item["reward"] for item in items], dtype=torch.float32)
         batch["turn_terminated"] = torch.tensor([item["terminated"] for item in items])

@@ -2,8 +2,9 @@
 """Online data for a trainer: when to collect, with which policy, into which buffer, and what a batch draws from it.
 
 Rounds of collection alternate with updates. Everything that decides what is collected and drawn is a function of the
-seed, the number of the update and what the replay buffer holds, so that a resumed run needs no state of its own: it
-finds the rounds that are due in the buffer, and collects those that are not.
+seed, the number of the update and what the replay buffer holds, so that a resumed run needs no state of its own (but
+the priorities, where batches are drawn by them): it finds the rounds that are due in the buffer, and collects those
+that are not.
 
 Contents: `Schedule`; `OnlineData`, alone or as one of several processes; `AsyncOnlineData`, which collects in a thread
 while the model learns.
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .collator import segment_items
 from .policy import ModelPolicy
-from .replay import ReplayBuffer
+from .replay import Priorities, ReplayBuffer
 from .rollout import ExploringPolicy, Policy, Request, Response, Rollouts, measures, metrics_of
 from .sharding import ready_to_generate
 from .vlmq_config import VLMQConfig
@@ -142,6 +143,7 @@ class OnlineData:
         self.schedule = Schedule.from_config(args)
         self.round = 0  # of which the learner has the data
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
+        self.priorities = Priorities() if args.replay_prioritized_fraction else None
         self.run = fingerprint(args, rollouts, buffer, self.num_processes)
         self._failures_before = int(buffer.counters.get("env_failures", 0))
         self._counts: dict[str, int] | None = None  # of all processes, when they last counted
@@ -307,7 +309,7 @@ class OnlineData:
     # ---- a batch ----
 
     def items(self, update: int, number: int, turns: int) -> list[dict[str, Any]]:
-        """The collator's items of a batch, which depends on the seed, `number` and the buffer alone.
+        """The collator's items of a batch, which depends on the seed, `number`, the buffer and the priorities alone.
 
         Args:
             update: for the share of collected turns.
@@ -317,12 +319,35 @@ class OnlineData:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         rng = np.random.default_rng((seed, number, *self._other_process))
-        rows = self.buffer.sample(rng, turns, args.segment_length, online_fraction(args, update), self.end)
+        rows = self.buffer.sample(
+            rng,
+            turns,
+            args.segment_length,
+            online_fraction(args, update),
+            self.end,
+            priorities=self.priorities,
+            prioritized_fraction=args.replay_prioritized_fraction,
+        )
         return segment_items(rows, self.buffer, self.buffer.return_to_go, self.buffer.read, args.critic_coef > 0)
+
+    def learned(self, rows: np.ndarray, returns: np.ndarray, values: np.ndarray) -> None:
+        """After the forward pass of a batch: how much better its turns went than the critic expects is their priority,
+        max(G_t - V(s_t), 0) (self-imitation learning, arXiv 1806.05635, section 3).
+
+        Args:
+            rows: [R] of the buffer.
+            returns: [R] the discounted return that was collected from each turn on, in reward units.
+            values: [R] V at the turn's start, in reward units.
+        """
+        if self.priorities is not None:
+            self.priorities.update(rows, np.maximum(returns - values, 0.0))
 
     def logs(self) -> dict[str, float]:
         """What the trainer's log says of the data."""
-        return {**(self._counts or self._own_counts()), "round": self.round}
+        logs = {**(self._counts or self._own_counts()), "round": self.round}
+        if self.priorities is not None and self.priorities.end > self.priorities.start:
+            logs["replay_surprise"] = self.priorities.total / (self.priorities.end - self.priorities.start)
+        return logs
 
     def close(self) -> None:
         """Closes the environments and the buffer."""

@@ -101,6 +101,10 @@ class VLMQConfig(SFTConfig):
             Folder of the replay buffer, on a disk of this machine; `output_dir/replay` when not given.
         replay_capacity (`int`, *optional*):
             Collected turns that the buffer keeps, the newest; all when not given. Offline data is always kept.
+        replay_prioritized_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of a batch's collected turns that is drawn by priority, max(G - V, 0): by how much better a turn went
+            than the critic expected when it last saw it. The rest is drawn uniformly. For environments without chance,
+            where what went well once can be had again.
         rollout_num_envs (`int`, *optional*, defaults to `16`):
             Environments that collect at once.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):
@@ -205,6 +209,9 @@ class VLMQConfig(SFTConfig):
         default=None, metadata={"help": "Folder of the replay buffer; default: `output_dir/replay`."}
     )
     replay_capacity: int | None = field(default=None, metadata={"help": "Collected turns that are kept; None: all."})
+    replay_prioritized_fraction: float = field(
+        default=0.0, metadata={"help": "Share of a batch's collected turns that is drawn by priority, max(G - V, 0)."}
+    )
     rollout_num_envs: int = field(default=16, metadata={"help": "Environments that collect at once."})
     rollout_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the collection."})
     rollout_epsilon: float = field(
@@ -299,7 +306,8 @@ class VLMQConfig(SFTConfig):
         ):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "must be positive")
-        shares = ("online_fraction", "online_fraction_start", "rollout_epsilon", "rollout_epsilon_start")
+        shares = ("online_fraction", "online_fraction_start", "replay_prioritized_fraction")
+        shares += ("rollout_epsilon", "rollout_epsilon_start")
         for name in (*shares, "stop_at_success"):
             value = getattr(self, name)
             self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
@@ -330,6 +338,11 @@ class VLMQConfig(SFTConfig):
             raise ValueError(
                 f"`critic_coef=0` leaves the critic untrained, so `filter={self.filter!r}` would filter by noise. Set "
                 "`filter='none'` for plain SFT, or a positive `critic_coef`."
+            )
+        if self.critic_coef == 0 and self.replay_prioritized_fraction:
+            raise ValueError(
+                f"`replay_prioritized_fraction={self.replay_prioritized_fraction}` needs the critic: the priority is "
+                "what surprises it. Set it to 0, or give a positive `critic_coef`."
             )
         for name, value in (("packing", False), ("padding_free", False), ("assistant_only_loss", False)):
             if getattr(self, name) != value:

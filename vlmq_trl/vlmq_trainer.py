@@ -71,8 +71,9 @@ from .trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, vali
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
+PRIORITIES_NAME = "replay_priorities-{}.npz"  # of each process
 # What a checkpoint holds besides a model; it stays out of the Hub's main folder.
-TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "global_step*")
+TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "replay_*", "trainer_state.json", "global*")
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -497,7 +498,6 @@ class VLMQTrainer(SFTTrainer):
         if self.state.global_step and not (folder / TRAINER_STATE_NAME).is_file():
             try:
                 self._save_checkpoint(self.model, trial=None)
-                self.save_replay_manifest()
             except Exception as error:
                 warnings.warn(f"No checkpoint could be saved: {error}", stacklevel=2)
 
@@ -607,6 +607,9 @@ class VLMQTrainer(SFTTrainer):
         recorded["advantage"].append(advantage)
         recorded["value"].append(losses.denormalize(state_values, mean, std)[is_turn_start])
         recorded["return_to_go"].append(turns["turn_return_to_go"])
+        if mode == "train" and self._online is not None and self._online.priorities is not None:
+            seen = (turns["turn_row"], turns["turn_return_to_go"], recorded["value"][-1])
+            self._online.learned(*(x.cpu().numpy() for x in seen))
         return parts, advantage
 
     @torch.no_grad()
@@ -881,12 +884,24 @@ class VLMQTrainer(SFTTrainer):
             links=[f"Logs: [{name}]({url})." for name, url in trackers.items() if url],
         ).save(folder / "README.md")
 
-    def save_replay_manifest(self) -> None:
-        """Beside a checkpoint's weights, what the replay buffer held then."""
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._online is not None and folder.is_dir():
-            name = f"replay_manifest{'' if self.is_world_process_zero() else f'-{self.args.process_index}'}.json"
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As `Trainer` does, on every process; and what the replay buffer holds now, and its turns' priorities."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._online is not None:
+            folder, process = Path(output_dir), self.args.process_index
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"replay_manifest{f'-{process}' if process else ''}.json"
             (folder / name).write_text(json.dumps(self._online.buffer.manifest()) + "\n")
+            if self._online.priorities is not None:
+                self._online.priorities.save(folder / PRIORITIES_NAME.format(process))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `Trainer` does; and the priorities, without which all turns are alike at first."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._online is not None and self._online.priorities is not None:
+            path = Path(checkpoint) / PRIORITIES_NAME.format(self.args.process_index)
+            if path.is_file():
+                self._online.priorities.load(path)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
@@ -955,16 +970,13 @@ class VLMQTrainer(SFTTrainer):
 
 
 class _Hooks(TrainerCallback):
-    """What `VLMQTrainer` does between `Trainer`'s own steps: after each update, and at each checkpoint."""
+    """What `VLMQTrainer` does between `Trainer`'s own steps: after each update."""
 
     def __init__(self, trainer: VLMQTrainer):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.after_update()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.save_replay_manifest()
 
 
 class _DrawnOnline(IterableDataset):

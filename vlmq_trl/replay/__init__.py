@@ -14,10 +14,11 @@ folder holds the last commit whole whenever the process is killed (and, on a jou
 fails). What an interrupted commit leaves behind is removed by the next opening for writing. Small shards are merged
 into larger ones on the way (`contents.mergeable`), so that there are not many, however often one commits.
 
-Reading goes through memory-mapped shards. In memory are 22 bytes a turn and, when writing, the episodes' ids and a
-count for each picture.
+Reading goes through memory-mapped shards. In memory are 22 bytes a turn (16 to 32 more with `Priorities`) and, when
+writing, the episodes' ids and a count for each picture.
 """
 
 from .buffer import ReplayBuffer, load_replay, process_folder
+from .priorities import Priorities
 
-__all__ = ["ReplayBuffer", "load_replay", "process_folder"]
+__all__ = ["Priorities", "ReplayBuffer", "load_replay", "process_folder"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -42,6 +42,7 @@ from .contents import (
 )
 from .files import flush, serialized, take_lock, write_file
 from .offline import conformed, fingerprint_of
+from .priorities import Priorities
 
 OFFLINE_BATCH = 1024  # rows of the offline part in memory at once while it is copied in
 PICTURE_CACHE = 128  # decoded pictures that `read` keeps at hand
@@ -223,6 +224,9 @@ class ReplayBuffer:
         segment_length: int,
         online_fraction: float,
         end: int | None = None,
+        *,
+        priorities: Priorities | None = None,
+        prioritized_fraction: float = 0.0,
     ) -> np.ndarray:
         """[turns] row ids: segments of at most `segment_length` consecutive turns of one episode, one after the other.
 
@@ -230,21 +234,36 @@ class ReplayBuffer:
         offline; a part that is empty leaves its share to the other. Every turn of a part is equally likely. The time
         does not depend on how many rows there are.
 
+        With `priorities`, `prioritized_fraction` of the online turns come from segments that are drawn in proportion
+        to them, unless all are 0. The window is moved to the one that is drawn from.
+
         Raises:
             ValueError: bad arguments, or nothing to sample from.
         """
-        if turns < 1 or segment_length < 1 or not 0.0 <= online_fraction <= 1.0:
+        fractions = (online_fraction, prioritized_fraction)
+        if turns < 1 or segment_length < 1 or not all(0.0 <= fraction <= 1.0 for fraction in fractions):
             raise ValueError(
-                "turns and segment_length must be at least 1 and online_fraction in [0, 1], got "
-                f"{turns}, {segment_length} and {online_fraction}."
+                "turns and segment_length must be at least 1 and the fractions in [0, 1], got "
+                f"{turns}, {segment_length}, {online_fraction} and {prioritized_fraction}."
             )
         state = self._state
         (start, end), offline = self._window(state, end), state.manifest.num_offline
         if start == end and not offline:
             raise ValueError("The replay buffer is empty: add offline data, or append episodes and commit.")
-        share = turns * (1.0 if not offline else 0.0 if start == end else online_fraction)
-        online = math.floor(share) + int(rng.random() < share - math.floor(share))
-        parts = [(0, offline, turns - online), (start, end, online)]
+
+        def rounded(share: float) -> int:
+            return math.floor(share) + int(rng.random() < share - math.floor(share))
+
+        online = rounded(turns * (1.0 if not offline else 0.0 if start == end else online_fraction))
+        parts = [
+            (partial(rng.integers, 0, offline), turns - online),
+            (partial(rng.integers, start, end), online),
+        ]
+        if priorities is not None and online:
+            priorities.cover(start, end)
+            prioritized = rounded(online * prioritized_fraction) if priorities.total else 0
+            parts[1] = (parts[1][0], online - prioritized)
+            parts.append((partial(priorities.draw, rng), prioritized))
         segments = np.concatenate([draw_segments(state, rng, *part, segment_length) for part in parts])
         first, size = rng.permutation(segments).T
         return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(turns)

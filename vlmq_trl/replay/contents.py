@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -208,13 +208,17 @@ def open_shard(path: Path, first: int) -> Shard:
 
 
 def draw_segments(
-    state: State, rng: np.random.Generator, low: int, high: int, turns: int, segment_length: int
+    state: State, rng: np.random.Generator, draw: Callable[[int], np.ndarray], turns: int, segment_length: int
 ) -> np.ndarray:
-    """[S, 2] first row and number of turns of segments from rows low..high - 1, `turns` turns together.
+    """[S, 2] first row and number of turns of segments, `turns` turns together.
 
     An episode is cut into blocks of n turns at a random place, a turn is drawn and its block taken with probability
-    1 / size: the block is as likely as any other, so that each of the N turns is in it with the same probability.
+    1 / size. Where `draw` draws any of N rows alike, the block is as likely as any other, so that each of the N turns
+    is in it with the same probability; else it is as likely as its turns' mean.
     n is `segment_length` as long as that fits, then what is missing, so that nothing has to be cut off.
+
+    Args:
+        draw: count -> [count] rows of one part of the buffer, drawn independently with `rng`.
 
     Example: of an episode of 3 turns, n = 2, the cuts are [0 1][2] or [0][1 2]. Four blocks, each turn in two of them.
     """
@@ -222,7 +226,7 @@ def draw_segments(
     while turns:
         n = min(segment_length, turns)
         draws = turns + 4 * n  # a draw yields one turn on average
-        row, phase = rng.integers(low, high, draws), rng.integers(n, size=draws)
+        row, phase = draw(draws), rng.integers(n, size=draws)
         at = state.position(row)
         turn, left = state.columns["turn"][at], state.columns["left"][at]
         place = (turn + phase) % n

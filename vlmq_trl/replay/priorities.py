@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Priorities of replayed turns (prioritized experience replay, arXiv 1511.05952), in a sum tree."""
+
+from __future__ import annotations
+
+import os
+from typing import IO
+
+import numpy as np
+
+
+class Priorities:
+    """A number >= 0 for each row of a window, and draws in proportion to it, in time logarithmic in the window.
+
+    Rows are named as the replay buffer names them: by ids that never change.
+
+    Attributes:
+        start, end: the window, rows start..end - 1.
+        total: the sum of its priorities.
+    """
+
+    def __init__(self) -> None:
+        self.start = self.end = 0
+        self._first = 0  # row of the first leaf
+        self._tree = np.zeros(2)  # node k is the sum of nodes 2k and 2k + 1; the second half are the leaves
+
+    @property
+    def total(self) -> float:
+        return float(self._tree[1])
+
+    @property
+    def _leaves(self) -> np.ndarray:
+        return self._tree[len(self._tree) // 2 :]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self._leaves[np.asarray(rows) - self._first]
+
+    def cover(self, start: int, end: int) -> None:
+        """Moves the window. Rows that come in get the largest priority that there is (1 where all are 0), so that each
+        is likely to be drawn once."""
+        if (start, end) == (self.start, self.end):
+            return
+        values = np.full(end - start, self._leaves.max() or 1.0)
+        kept = np.arange(max(start, self.start), min(end, self.end))
+        values[kept - start] = self[kept]
+        self._place(start, values)
+
+    def _place(self, start: int, values: np.ndarray) -> None:
+        self.start, self.end, self._first = start, start + len(values), start
+        size = 1 << max(len(values) - 1, 0).bit_length()
+        self._tree = np.zeros(2 * size)
+        self._leaves[: len(values)] = values
+        while size > 1:
+            size //= 2
+            self._tree[size : 2 * size] = self._tree[2 * size : 4 * size].reshape(-1, 2).sum(1)
+
+    def update(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Sets priorities; rows outside of the window are passed over, of equal rows the last counts."""
+        inside = (rows >= self.start) & (rows < self.end)
+        nodes = rows[inside] - self._first + len(self._tree) // 2
+        self._tree[nodes] = values[inside]
+        while len(nodes) and nodes[0] > 1:
+            nodes = np.unique(nodes // 2)
+            self._tree[nodes] = self._tree[2 * nodes] + self._tree[2 * nodes + 1]
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """[count] rows, independently, each with probability priority / total. `total` must not be 0."""
+        rest = rng.random(count) * self.total
+        nodes = np.ones(count, dtype=np.int64)
+        while nodes[0] < len(self._tree) // 2:
+            left = self._tree[2 * nodes]
+            # Where roundings leave a little too much, to the right only if there is something.
+            right = (rest >= left) & (self._tree[2 * nodes + 1] > 0)
+            rest = np.where(right, rest - left, rest)
+            nodes = 2 * nodes + right
+        return nodes - len(self._tree) // 2 + self._first
+
+    def save(self, file: str | os.PathLike | IO[bytes]) -> None:
+        """For a checkpoint: the window's start and priorities, as an .npz file."""
+        np.savez(file, start=self.start, values=self._leaves[: self.end - self.start])
+
+    def load(self, file: str | os.PathLike | IO[bytes]) -> None:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError, KeyError: no such file, or not one of these.
+        """
+        with np.load(file, allow_pickle=False) as saved:
+            self._place(int(saved["start"]), saved["values"].astype(np.float64))
