@@ -258,6 +258,15 @@ def test_a_batch_boundary_cuts(pictured):
     assert [shown(item["bootstrap"]) for item in halves] == [None, 2, None]
 
 
+def test_a_limit_that_belongs_to_the_task_ends_the_return(pictured):
+    """Rows 3 and 4 are a truncated episode. What a batch sees of any other is as it was."""
+    ended = segments("idefics3", ENDINGS, bootstrap_truncated=False)
+    items = ended.__getitems__([3, 4, 0, 5])
+    assert [item["terminated"] for item in items] == [False, True, False, True]
+    assert [shown(item["bootstrap"]) for item in items] == [None, None, 1, None]
+    assert ended.__getitems__([3, 1, 2]) == pictured.__getitems__([3, 1, 2])
+
+
 def test_without_bootstraps():
     items = segments("llama", ENDINGS, with_bootstrap=False).__getitems__([0, 3, 4])
     assert [item["bootstrap"] for item in items] == [None] * 3

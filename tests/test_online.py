@@ -202,6 +202,19 @@ def test_batches_hold_the_share_that_was_asked_for(tmp_path):
     assert len(rows) == 4 * 8 and (rows >= len(text_number_line())).sum() == 8
 
 
+@pytest.mark.parametrize("bootstrapped", [True, False])
+def test_a_limit_that_belongs_to_the_task_ends_what_was_collected(tmp_path, bootstrapped):
+    trainer = make_trainer(tmp_path, max_steps=2, bootstrap_truncated=bootstrapped)
+    seen = []
+    collator = trainer.data_collator
+    trainer.data_collator = lambda items: seen.extend(items) or collator(items)
+    trainer.train()
+    truncated = load_replay(tmp_path / "replay")["truncated"]
+    cut_off = [item for item in seen if truncated[item["row"]]]
+    assert cut_off and {item["terminated"] for item in cut_off} == {not bootstrapped}
+    assert all((item["bootstrap"] is not None) == bootstrapped for item in cut_off)
+
+
 def test_what_went_better_than_expected_comes_back(tmp_path):
     """A turn's priority is what its return had over the critic's value when it was last seen."""
     trainer = make_trainer(

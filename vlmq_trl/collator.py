@@ -87,12 +87,23 @@ class SegmentDataset(TorchDataset):
     Items are dictionaries: the row's columns, and `row`, `reward`, `terminated`, `segment` (index within the batch),
     `return_to_go` (the data's own discounted return from this turn on) and `bootstrap` (None, or the `prompt` and
     `images` of the state that follows the segment; always None without `with_bootstrap`).
+
+    Args:
+        gamma: discount of `return_to_go`.
+        with_bootstrap, bootstrap_truncated: as in `segment_items`.
     """
 
-    def __init__(self, dataset: Dataset, index: EpisodeIndex, gamma: float, with_bootstrap: bool = True):
+    def __init__(
+        self,
+        dataset: Dataset,
+        index: EpisodeIndex,
+        gamma: float,
+        with_bootstrap: bool = True,
+        bootstrap_truncated: bool = True,
+    ):
         self.dataset = dataset.select_columns([c for c in TURN_COLUMNS if c in dataset.column_names])
         self.index = index
-        self.with_bootstrap = with_bootstrap
+        self.with_bootstrap, self.bootstrap_truncated = with_bootstrap, bootstrap_truncated
         self.return_to_go = index.returns_to_go(gamma)
         self.sampler: SegmentSampler | None = None
 
@@ -108,7 +119,9 @@ class SegmentDataset(TorchDataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
-        return segment_items(rows, self.index, self.return_to_go, self._read, self.with_bootstrap)
+        return segment_items(
+            rows, self.index, self.return_to_go, self._read, self.with_bootstrap, self.bootstrap_truncated
+        )
 
     def _read(self, rows: list[int]) -> list[dict[str, Any]]:
         columns = self.dataset[rows]
@@ -121,6 +134,7 @@ def segment_items(
     return_to_go: Any,
     read: Callable[[list[int]], list[dict[str, Any]]],
     with_bootstrap: bool = True,
+    bootstrap_truncated: bool = True,
 ) -> list[dict[str, Any]]:
     """The collator's items of the given rows, in order; neighbours of one episode become one segment.
 
@@ -130,10 +144,13 @@ def segment_items(
         return_to_go: of each row; takes an array of row numbers.
         read: row numbers -> records with the columns of `TURN_COLUMNS`.
         with_bootstrap: whether segments that do not end their episode carry the observation after them.
+        bootstrap_truncated: False has truncated episodes end as terminated ones do, with nothing beyond.
     """
     numbers = np.asarray(rows, dtype=np.int64)
     turn, reward = scalars.turn[numbers], scalars.reward[numbers]
     terminated, truncated, to_go = scalars.terminated[numbers], scalars.truncated[numbers], return_to_go[numbers]
+    if not bootstrap_truncated:
+        terminated = terminated | truncated
     follows = np.zeros(len(numbers), dtype=bool)
     follows[1:] = (numbers[1:] == numbers[:-1] + 1) & (turn[1:] > 0)
     ends = np.append(~follows[1:], True) & with_bootstrap

@@ -328,7 +328,8 @@ class OnlineData:
             priorities=self.priorities,
             prioritized_fraction=args.replay_prioritized_fraction,
         )
-        return segment_items(rows, self.buffer, self.buffer.return_to_go, self.buffer.read, args.critic_coef > 0)
+        buffer, with_bootstrap = self.buffer, args.critic_coef > 0
+        return segment_items(rows, buffer, buffer.return_to_go, buffer.read, with_bootstrap, args.bootstrap_truncated)
 
     def learned(self, rows: np.ndarray, returns: np.ndarray, values: np.ndarray) -> None:
         """After the forward pass of a batch: how much better its turns went than the critic expects is their priority,

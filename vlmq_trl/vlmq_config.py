@@ -28,6 +28,10 @@ class VLMQConfig(SFTConfig):
             Lambda of the returns across turns: 0 bootstraps from the next turn's value, 1 uses the data's own return.
         token_lambda (`float`, *optional*, defaults to `0.95`):
             Lambda of the returns inside a turn. One-step targets (0) do not cross a long completion.
+        bootstrap_truncated (`bool`, *optional*, defaults to `True`):
+            Whether a truncated episode is worth what was seen after its last turn: it would have gone on. Set it to
+            `False` where the limit belongs to the task, so that reaching it is to fail: a state in which every episode
+            is cut off never has a turn of its own to learn a value from.
         segment_length (`int`, *optional*, defaults to `8`):
             Consecutive turns of an episode in one training sample. Longer segments need fewer bootstrap rows.
         off_policy_trace (`str`, *optional*, defaults to `"none"`):
@@ -161,6 +165,9 @@ class VLMQConfig(SFTConfig):
     token_gamma: float = field(default=1.0, metadata={"help": "Discount inside a turn."})
     turn_lambda: float = field(default=0.0, metadata={"help": "Lambda of the returns across turns."})
     token_lambda: float = field(default=0.95, metadata={"help": "Lambda of the returns inside a turn."})
+    bootstrap_truncated: bool = field(
+        default=True, metadata={"help": "Whether a truncated episode is worth what was seen after its last turn."}
+    )
     segment_length: int = field(default=8, metadata={"help": "Consecutive turns of an episode in one sample."})
     off_policy_trace: str = field(
         default="none", metadata={"help": "Off-policy trace on the lambdas.", "choices": list(TRACES)}

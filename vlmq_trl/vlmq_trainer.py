@@ -311,7 +311,7 @@ class VLMQTrainer(SFTTrainer):
             return DataLoader(_DrawnOnline(), batch_size=None)
         assert self._index is not None
         return self._get_dataloader(
-            dataset=SegmentDataset(self.train_dataset, self._index, self.args.gamma, self._with_critic),
+            dataset=self._segments(self.train_dataset, self._index),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=lambda dataset: self._segment_sampler(dataset, shuffle=True),
@@ -323,7 +323,7 @@ class VLMQTrainer(SFTTrainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return self._get_dataloader(
-            dataset=SegmentDataset(dataset, self._index_of(dataset), self.args.gamma, self._with_critic),
+            dataset=self._segments(dataset, self._index_of(dataset)),
             description="Evaluation",
             batch_size=self.args.eval_batch_size,
             sampler_fn=lambda dataset: self._segment_sampler(dataset, shuffle=False),
@@ -334,6 +334,9 @@ class VLMQTrainer(SFTTrainer):
         if id(dataset) not in self._eval_indices:
             self._eval_indices[id(dataset)] = (dataset, validate_trajectories(dataset))
         return self._eval_indices[id(dataset)][1]
+
+    def _segments(self, dataset: Dataset, index: EpisodeIndex) -> SegmentDataset:
+        return SegmentDataset(dataset, index, self.args.gamma, self._with_critic, self.args.bootstrap_truncated)
 
     def _segment_sampler(self, dataset: SegmentDataset, shuffle: bool) -> SegmentSampler:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
