@@ -238,10 +238,11 @@ def test_what_went_better_than_expected_comes_back(tmp_path):
     trainer._open_online = watched
     trainer.train()
     online, offline = trainer._online, len(text_number_line())
-    rows = np.array([row for row in seen if row >= offline])
-    assert (online.priorities.start, online.priorities.end) == (offline, online.end)
-    np.testing.assert_allclose(online.priorities[rows], [seen[row] for row in rows], atol=1e-6)
-    assert 0 < (online.priorities[rows] > 0).sum() < len(rows)
+    for tree, span in ((online.priorities.offline, (0, offline)), (online.priorities.online, (offline, online.end))):
+        assert (tree.start, tree.end) == span
+        rows = np.array([row for row in seen if span[0] <= row < span[1]])
+        np.testing.assert_allclose(tree[rows], [seen[row] for row in rows], atol=1e-6)
+        assert 0 < (tree[rows] > 0).sum() < len(rows)
     assert step_logs(trainer)[-1]["replay_surprise"] > 0
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from tests import tiny_models
 from tests.test_trajectory import EPISODES, assert_equal_episodes, make_episode, picture, prompt, train
-from vlmq_trl.replay import Priorities, ReplayBuffer, load_replay, process_folder
+from vlmq_trl.replay import Priorities, ReplayBuffer, SumTree, load_replay, process_folder
 from vlmq_trl.replay import buffer as replay_buffer
 from vlmq_trl.replay.contents import draw_segments
 from vlmq_trl.replay.offline import PNG_SIGNATURE
@@ -569,8 +569,8 @@ def test_the_window_and_the_fraction(tmp_path):
                 buffer.sample(rng, *arguments)
 
 
-class SlowPriorities:
-    """What `Priorities` should be: a number for each row."""
+class SlowTree:
+    """What a `SumTree` should be: a number for each row."""
 
     def __init__(self):
         self.values: dict[int, float] = {}
@@ -586,7 +586,7 @@ class SlowPriorities:
 @given(data=st.data())
 @settings(deadline=None)
 def test_priorities_are_what_was_set_wherever_the_window_goes(data):
-    fast, slow, start, end = Priorities(), SlowPriorities(), 0, 0
+    fast, slow, start, end = SumTree(), SlowTree(), 0, 0
     for _ in range(data.draw(st.integers(1, 12))):
         if data.draw(st.booleans()):
             end += data.draw(st.integers(0, 20))
@@ -605,18 +605,19 @@ def test_priorities_are_what_was_set_wherever_the_window_goes(data):
     if fast.total:
         drawn = fast.draw(np.random.default_rng(0), 200)
         assert all(slow.values[row] > 0 for row in drawn.tolist())
-    file = io.BytesIO()
-    fast.save(file)
+    file, whole, again = io.BytesIO(), Priorities(), Priorities()
+    whole.online = fast
+    whole.save(file)
     file.seek(0)
-    again = Priorities()
     again.load(file)
-    assert (again.start, again.end, again.total) == (start, end, fast.total)
+    assert (again.offline.start, again.offline.end, again.offline.total) == (0, 0, 0)
+    assert (again.online.start, again.online.end, again.online.total) == (start, end, fast.total)
     if fast.total:
-        assert again.draw(np.random.default_rng(0), 200).tolist() == drawn.tolist()
+        assert again.online.draw(np.random.default_rng(0), 200).tolist() == drawn.tolist()
 
 
 def test_rows_are_drawn_in_proportion_to_their_priorities():
-    priorities = Priorities()
+    priorities = SumTree()
     priorities.cover(10, 15)
     priorities.update(np.array([10, 11, 12, 13, 14]), np.array([0.0, 1.0, 2.0, 0.0, 5.0]))
     rows, counts = np.unique(priorities.draw(np.random.default_rng(0), 80_000), return_counts=True)
@@ -628,7 +629,7 @@ def test_part_of_a_batch_goes_by_priority(tmp_path):
     with filled(tmp_path, range(10), with_images=False) as buffer:  # e0..e9: 1, 2, 3, 1, ... turns
         episode_of = np.cumsum(buffer.turn[np.arange(len(buffer))] == 0) - 1
         priorities, rng = Priorities(), np.random.default_rng(0)
-        priorities.cover(0, len(buffer))
+        priorities.online.cover(0, len(buffer))
         priorities.update(np.arange(len(buffer)), np.where(np.arange(len(buffer)) == 4, 2.0, 0.0))
 
         def drawn(share: float) -> np.ndarray:

@@ -346,8 +346,8 @@ class OnlineData:
     def logs(self) -> dict[str, float]:
         """What the trainer's log says of the data."""
         logs = {**(self._counts or self._own_counts()), "round": self.round}
-        if self.priorities is not None and self.priorities.end > self.priorities.start:
-            logs["replay_surprise"] = self.priorities.total / (self.priorities.end - self.priorities.start)
+        if self.priorities is not None:
+            logs["replay_surprise"] = self.priorities.mean
         return logs
 
     def close(self) -> None:

@@ -106,9 +106,9 @@ class VLMQConfig(SFTConfig):
         replay_capacity (`int`, *optional*):
             Collected turns that the buffer keeps, the newest; all when not given. Offline data is always kept.
         replay_prioritized_fraction (`float`, *optional*, defaults to `0.0`):
-            Share of a batch's collected turns that is drawn by priority, max(G - V, 0): by how much better a turn went
-            than the critic expected when it last saw it. The rest is drawn uniformly. For environments without chance,
-            where what went well once can be had again.
+            Share of a batch that is drawn by priority, max(G - V, 0), of the offline as of the collected turns: by how
+            much better a turn went than the critic expected when it last saw it. The rest is drawn uniformly. For
+            environments without chance, where what went well once can be had again.
         rollout_num_envs (`int`, *optional*, defaults to `16`):
             Environments that collect at once.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):
@@ -217,7 +217,8 @@ class VLMQConfig(SFTConfig):
     )
     replay_capacity: int | None = field(default=None, metadata={"help": "Collected turns that are kept; None: all."})
     replay_prioritized_fraction: float = field(
-        default=0.0, metadata={"help": "Share of a batch's collected turns that is drawn by priority, max(G - V, 0)."}
+        default=0.0,
+        metadata={"help": "Share of a batch, offline and collected, that is drawn by priority, max(G - V, 0)."},
     )
     rollout_num_envs: int = field(default=16, metadata={"help": "Environments that collect at once."})
     rollout_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the collection."})

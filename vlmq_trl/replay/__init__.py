@@ -19,6 +19,6 @@ writing, the episodes' ids and a count for each picture.
 """
 
 from .buffer import ReplayBuffer, load_replay, process_folder
-from .priorities import Priorities
+from .priorities import Priorities, SumTree
 
-__all__ = ["Priorities", "ReplayBuffer", "load_replay", "process_folder"]
+__all__ = ["Priorities", "ReplayBuffer", "SumTree", "load_replay", "process_folder"]

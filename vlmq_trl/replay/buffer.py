@@ -42,7 +42,7 @@ from .contents import (
 )
 from .files import flush, serialized, take_lock, write_file
 from .offline import conformed, fingerprint_of
-from .priorities import Priorities
+from .priorities import Priorities, SumTree
 
 OFFLINE_BATCH = 1024  # rows of the offline part in memory at once while it is copied in
 PICTURE_CACHE = 128  # decoded pictures that `read` keeps at hand
@@ -234,8 +234,8 @@ class ReplayBuffer:
         offline; a part that is empty leaves its share to the other. Every turn of a part is equally likely. The time
         does not depend on how many rows there are.
 
-        With `priorities`, `prioritized_fraction` of the online turns come from segments that are drawn in proportion
-        to them, unless all are 0. The window is moved to the one that is drawn from.
+        With `priorities`, `prioritized_fraction` of each part's turns come from segments that are drawn in proportion
+        to them, unless all are 0. They are made to cover the rows that are drawn from.
 
         Raises:
             ValueError: bad arguments, or nothing to sample from.
@@ -255,16 +255,16 @@ class ReplayBuffer:
             return math.floor(share) + int(rng.random() < share - math.floor(share))
 
         online = rounded(turns * (1.0 if not offline else 0.0 if start == end else online_fraction))
-        parts = [
-            (partial(rng.integers, 0, offline), turns - online),
-            (partial(rng.integers, start, end), online),
-        ]
-        if priorities is not None and online:
-            priorities.cover(start, end)
-            prioritized = rounded(online * prioritized_fraction) if priorities.total else 0
-            parts[1] = (parts[1][0], online - prioritized)
-            parts.append((partial(priorities.draw, rng), prioritized))
-        segments = np.concatenate([draw_segments(state, rng, *part, segment_length) for part in parts])
+        segments = []
+        for low, high, count, part in ((0, offline, turns - online, "offline"), (start, end, online, "online")):
+            if priorities is not None and count:
+                tree: SumTree = getattr(priorities, part)
+                tree.cover(low, high)
+                prioritized = rounded(count * prioritized_fraction) if tree.total else 0
+                segments.append(draw_segments(state, rng, partial(tree.draw, rng), prioritized, segment_length))
+                count -= prioritized
+            segments.append(draw_segments(state, rng, partial(rng.integers, low, high), count, segment_length))
+        segments = np.concatenate(segments)
         first, size = rng.permutation(segments).T
         return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(turns)
 

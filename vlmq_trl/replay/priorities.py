@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Priorities of replayed turns (prioritized experience replay, arXiv 1511.05952), in a sum tree."""
+"""Priorities of replayed turns (prioritized experience replay, arXiv 1511.05952), in sum trees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 
 
-class Priorities:
+class SumTree:
     """A number >= 0 for each row of a window, and draws in proportion to it, in time logarithmic in the window.
 
     Rows are named as the replay buffer names them: by ids that never change.
@@ -43,9 +43,10 @@ class Priorities:
         values = np.full(end - start, self._leaves.max() or 1.0)
         kept = np.arange(max(start, self.start), min(end, self.end))
         values[kept - start] = self[kept]
-        self._place(start, values)
+        self.place(start, values)
 
-    def _place(self, start: int, values: np.ndarray) -> None:
+    def place(self, start: int, values: np.ndarray) -> None:
+        """Makes the window the rows from `start` on, with these priorities."""
         self.start, self.end, self._first = start, start + len(values), start
         size = 1 << max(len(values) - 1, 0).bit_length()
         self._tree = np.zeros(2 * size)
@@ -75,9 +76,29 @@ class Priorities:
             nodes = 2 * nodes + right
         return nodes - len(self._tree) // 2 + self._first
 
+
+class Priorities:
+    """The priorities of a replay buffer's rows: a tree for each of its parts, `offline` and `online`."""
+
+    def __init__(self) -> None:
+        self.offline, self.online = SumTree(), SumTree()
+
+    @property
+    def mean(self) -> float:
+        """Over all rows; 0 if there are none."""
+        trees = (self.offline, self.online)
+        return sum(tree.total for tree in trees) / max(sum(tree.end - tree.start for tree in trees), 1)
+
+    def update(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """As `SumTree.update`."""
+        for tree in (self.offline, self.online):
+            tree.update(rows, values)
+
     def save(self, file: str | os.PathLike | IO[bytes]) -> None:
-        """For a checkpoint: the window's start and priorities, as an .npz file."""
-        np.savez(file, start=self.start, values=self._leaves[: self.end - self.start])
+        """For a checkpoint: each part's first row and priorities, as an .npz file."""
+        parts = {"offline": self.offline, "online": self.online}
+        starts = {f"{name}_start": np.int64(tree.start) for name, tree in parts.items()}
+        np.savez(file, **starts, **{name: tree[np.arange(tree.start, tree.end)] for name, tree in parts.items()})
 
     def load(self, file: str | os.PathLike | IO[bytes]) -> None:
         """What `save` wrote.
@@ -86,4 +107,5 @@ class Priorities:
             FileNotFoundError, ValueError, KeyError: no such file, or not one of these.
         """
         with np.load(file, allow_pickle=False) as saved:
-            self._place(int(saved["start"]), saved["values"].astype(np.float64))
+            for name, tree in (("offline", self.offline), ("online", self.online)):
+                tree.place(int(saved[f"{name}_start"]), saved[name].astype(np.float64))
