@@ -19,7 +19,7 @@ from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, t
 from vlmq_trl import losses
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
-from vlmq_trl.online import Schedule, changing, copy_of_policy, exploration, online_fraction
+from vlmq_trl.online import LEAST_PRIORITY, Schedule, changing, copy_of_policy, exploration, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
@@ -227,11 +227,12 @@ def test_what_went_better_than_expected_comes_back(tmp_path):
         opened(env)
         learned = trainer._online.learned
 
-        def learn(rows, returns, values):
-            assert (returns == trainer._online.buffer.return_to_go[rows].astype(np.float32)).all()
+        def learn(rows, surprise):
             # Of a turn that a batch holds twice, one of two equal numbers.
-            seen.update(zip(rows.tolist(), np.maximum(returns - values, 0).tolist(), strict=True))
-            learned(rows, returns, values)
+            seen.update(zip(rows.tolist(), (np.maximum(surprise, 0) + LEAST_PRIORITY).tolist(), strict=True))
+            over = trainer._online.buffer.return_to_go[rows] - trainer._recorded["train"]["value"][-1].numpy()
+            np.testing.assert_allclose(surprise, over / trainer.model.critic.target_std.item(), atol=1e-5)
+            learned(rows, surprise)
 
         trainer._online.learned = learn
 
@@ -242,8 +243,8 @@ def test_what_went_better_than_expected_comes_back(tmp_path):
         assert (tree.start, tree.end) == span
         rows = np.array([row for row in seen if span[0] <= row < span[1]])
         np.testing.assert_allclose(tree[rows], [seen[row] for row in rows], atol=1e-6)
-        assert 0 < (tree[rows] > 0).sum() < len(rows)
-    assert step_logs(trainer)[-1]["replay_surprise"] > 0
+        assert 0 < (tree[rows] > LEAST_PRIORITY).sum() < len(rows)
+    assert step_logs(trainer)[-1]["replay_surprise"] > LEAST_PRIORITY
 
 
 def test_two_runs_are_one(tmp_path):

@@ -34,6 +34,8 @@ from .vlmq_config import VLMQConfig
 
 # How long finished episodes may wait for their commit: what a crash can cost.
 COMMIT_SECONDS = 10.0
+# Priority of a turn that went no better than expected, in standard deviations of the targets.
+LEAST_PRIORITY = 0.01
 
 
 @dataclass(frozen=True)
@@ -331,17 +333,19 @@ class OnlineData:
         buffer, with_bootstrap = self.buffer, args.critic_coef > 0
         return segment_items(rows, buffer, buffer.return_to_go, buffer.read, with_bootstrap, args.bootstrap_truncated)
 
-    def learned(self, rows: np.ndarray, returns: np.ndarray, values: np.ndarray) -> None:
-        """After the forward pass of a batch: how much better its turns went than the critic expects is their priority,
-        max(G_t - V(s_t), 0) (self-imitation learning, arXiv 1806.05635, section 3).
+    def learned(self, rows: np.ndarray, surprise: np.ndarray) -> None:
+        """Sets the priorities of a batch's turns, after its forward pass.
+
+        The priority is max(G_t - V(s_t), 0) (self-imitation learning, arXiv 1806.05635, section 3) and a little more,
+        so that what little is left of it where all has been understood does not decide what is drawn.
 
         Args:
             rows: [R] of the buffer.
-            returns: [R] the discounted return that was collected from each turn on, in reward units.
-            values: [R] V at the turn's start, in reward units.
+            surprise: [R] G_t - V(s_t), the discounted return that was collected from the turn on less the critic's
+                value of its beginning, in the critic's normalised unit.
         """
         if self.priorities is not None:
-            self.priorities.update(rows, np.maximum(returns - values, 0.0))
+            self.priorities.update(rows, np.fmax(surprise, 0.0) + LEAST_PRIORITY)  # 0 where it is not a number
 
     def logs(self) -> dict[str, float]:
         """What the trainer's log says of the data."""

@@ -611,8 +611,8 @@ class VLMQTrainer(SFTTrainer):
         recorded["value"].append(losses.denormalize(state_values, mean, std)[is_turn_start])
         recorded["return_to_go"].append(turns["turn_return_to_go"])
         if mode == "train" and self._online is not None and self._online.priorities is not None:
-            seen = (turns["turn_row"], turns["turn_return_to_go"], recorded["value"][-1])
-            self._online.learned(*(x.cpu().numpy() for x in seen))
+            surprise = losses.normalize(turns["turn_return_to_go"], mean, std) - state_values[is_turn_start]
+            self._online.learned(turns["turn_row"].cpu().numpy(), surprise.cpu().numpy())
         return parts, advantage
 
     @torch.no_grad()

@@ -10,7 +10,9 @@ import numpy as np
 
 
 class SumTree:
-    """A number >= 0 for each row of a window, and draws in proportion to it, in time logarithmic in the window.
+    """A number >= 0 for each row of a window, and draws in proportion to it.
+
+    Draws and updates take time logarithmic in the window, moving it linear.
 
     Rows are named as the replay buffer names them: by ids that never change.
 
@@ -21,7 +23,6 @@ class SumTree:
 
     def __init__(self) -> None:
         self.start = self.end = 0
-        self._first = 0  # row of the first leaf
         self._tree = np.zeros(2)  # node k is the sum of nodes 2k and 2k + 1; the second half are the leaves
 
     @property
@@ -33,7 +34,7 @@ class SumTree:
         return self._tree[len(self._tree) // 2 :]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return self._leaves[np.asarray(rows) - self._first]
+        return self._leaves[np.asarray(rows) - self.start]
 
     def cover(self, start: int, end: int) -> None:
         """Moves the window. Rows that come in get the largest priority that there is (1 where all are 0), so that each
@@ -47,7 +48,7 @@ class SumTree:
 
     def place(self, start: int, values: np.ndarray) -> None:
         """Makes the window the rows from `start` on, with these priorities."""
-        self.start, self.end, self._first = start, start + len(values), start
+        self.start, self.end = start, start + len(values)
         size = 1 << max(len(values) - 1, 0).bit_length()
         self._tree = np.zeros(2 * size)
         self._leaves[: len(values)] = values
@@ -58,7 +59,7 @@ class SumTree:
     def update(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Sets priorities; rows outside of the window are passed over, of equal rows the last counts."""
         inside = (rows >= self.start) & (rows < self.end)
-        nodes = rows[inside] - self._first + len(self._tree) // 2
+        nodes = rows[inside] - self.start + len(self._tree) // 2
         self._tree[nodes] = values[inside]
         while len(nodes) and nodes[0] > 1:
             nodes = np.unique(nodes // 2)
@@ -74,7 +75,7 @@ class SumTree:
             right = (rest >= left) & (self._tree[2 * nodes + 1] > 0)
             rest = np.where(right, rest - left, rest)
             nodes = 2 * nodes + right
-        return nodes - len(self._tree) // 2 + self._first
+        return nodes - len(self._tree) // 2 + self.start
 
 
 class Priorities:
