@@ -215,6 +215,21 @@ def test_a_limit_that_belongs_to_the_task_ends_what_was_collected(tmp_path, boot
     assert all((item["bootstrap"] is not None) == bootstrapped for item in cut_off)
 
 
+def test_priorities_draw_once_the_offline_steps_are_done(tmp_path, monkeypatch):
+    drawn = []
+    sample = ReplayBuffer.sample
+
+    def watched(self, *args, **kwargs):
+        drawn.append(kwargs["prioritized_fraction"])
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReplayBuffer, "sample", watched)
+    make_trainer(
+        tmp_path, dataset=text_number_line(), offline_steps=2, max_steps=5, replay_prioritized_fraction=0.5
+    ).train()
+    assert drawn == [0.0, 0.0, 0.5, 0.5, 0.5]
+
+
 def test_what_went_better_than_expected_comes_back(tmp_path):
     """A turn's priority is what its return had over the critic's value when it was last seen."""
     trainer = make_trainer(

@@ -328,7 +328,7 @@ class OnlineData:
             online_fraction(args, update),
             self.end,
             priorities=self.priorities,
-            prioritized_fraction=args.replay_prioritized_fraction,
+            prioritized_fraction=args.replay_prioritized_fraction if update >= args.offline_steps else 0.0,
         )
         buffer, with_bootstrap = self.buffer, args.critic_coef > 0
         return segment_items(rows, buffer, buffer.return_to_go, buffer.read, with_bootstrap, args.bootstrap_truncated)
