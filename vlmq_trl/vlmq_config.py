@@ -106,9 +106,9 @@ class VLMQConfig(SFTConfig):
         replay_capacity (`int`, *optional*):
             Collected turns that the buffer keeps, the newest; all when not given. Offline data is always kept.
         replay_prioritized_fraction (`float`, *optional*, defaults to `0.0`):
-            After `offline_steps`, the share of a batch that is drawn by priority, max(G - V, 0), of the offline as of the
-            collected turns: by how much better a turn went than the critic expected when it last saw it. The rest is
-            drawn uniformly. For environments without chance, where what went well once can be had again.
+            After `offline_steps`, the share of a batch that is drawn by priority, max(G - V, 0), of the offline as of
+            the collected turns: by how much better a turn went than the critic expected when it last saw it. The rest
+            is drawn uniformly. For environments without chance, where what went well once can be had again.
         rollout_num_envs (`int`, *optional*, defaults to `16`):
             Environments that collect at once.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):

@@ -85,13 +85,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {},
-    # Success is rare at first (1 in 100 episodes): every one is kept, and play stays varied.
+    # Success is rare in some hands (the products): every one is kept, and drawn until it is understood. What explores
+    # is the action alone: at temperature 1 the thoughts fall apart. A formula that is too long has failed.
     "EZPoints": {
         **STEP_BY_STEP,
-        "offline_steps": 800,
+        "bootstrap_truncated": False,
+        "offline_steps": 600,
         "updates_per_turn": 0.1,
-        "rollout_temperature": 1.0,
+        "rollout_temperature": 0.5,
+        "rollout_epsilon": 0.1,
         "replay_capacity": 2 * BUDGET,
+        "replay_prioritized_fraction": 0.5,
         "online_fraction": 0.75,
         "eval_steps": 200,
     },
