@@ -349,7 +349,7 @@ class OnlineData:
 
     def logs(self) -> dict[str, float]:
         """What the trainer's log says of the data."""
-        logs = {**(self._counts or self._own_counts()), "round": self.round}
+        logs: dict[str, float] = {**(self._counts or self._own_counts()), "round": self.round}
         if self.priorities is not None:
             logs["replay_surprise"] = self.priorities.mean
         return logs

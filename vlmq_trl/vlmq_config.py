@@ -314,9 +314,14 @@ class VLMQConfig(SFTConfig):
         ):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "must be positive")
-        shares = ("online_fraction", "online_fraction_start", "replay_prioritized_fraction")
-        shares += ("rollout_epsilon", "rollout_epsilon_start")
-        for name in (*shares, "stop_at_success"):
+        for name in (
+            "online_fraction",
+            "online_fraction_start",
+            "replay_prioritized_fraction",
+            "rollout_epsilon",
+            "rollout_epsilon_start",
+            "stop_at_success",
+        ):
             value = getattr(self, name)
             self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
         for name in ("target_tau", "target_norm_rate"):

@@ -255,17 +255,16 @@ class ReplayBuffer:
             return math.floor(share) + int(rng.random() < share - math.floor(share))
 
         online = rounded(turns * (1.0 if not offline else 0.0 if start == end else online_fraction))
-        segments = []
+        drawn = []
         for low, high, count, part in ((0, offline, turns - online, "offline"), (start, end, online, "online")):
             if priorities is not None and count:
                 tree: SumTree = getattr(priorities, part)
                 tree.cover(low, high)
                 prioritized = rounded(count * prioritized_fraction) if tree.total else 0
-                segments.append(draw_segments(state, rng, partial(tree.draw, rng), prioritized, segment_length))
+                drawn.append(draw_segments(state, rng, partial(tree.draw, rng), prioritized, segment_length))
                 count -= prioritized
-            segments.append(draw_segments(state, rng, partial(rng.integers, low, high), count, segment_length))
-        segments = np.concatenate(segments)
-        first, size = rng.permutation(segments).T
+            drawn.append(draw_segments(state, rng, partial(rng.integers, low, high), count, segment_length))
+        first, size = rng.permutation(np.concatenate(drawn)).T
         return np.repeat(first - (np.cumsum(size) - size), size) + np.arange(turns)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:

@@ -208,7 +208,7 @@ def open_shard(path: Path, first: int) -> Shard:
 
 
 def draw_segments(
-    state: State, rng: np.random.Generator, draw: Callable[[int], np.ndarray], turns: int, segment_length: int
+    state: State, rng: np.random.Generator, draw: Callable[[int], Any], turns: int, segment_length: int
 ) -> np.ndarray:
     """[S, 2] first row and number of turns of segments, `turns` turns together.
 

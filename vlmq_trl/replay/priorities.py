@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -97,9 +97,10 @@ class Priorities:
 
     def save(self, file: str | os.PathLike | IO[bytes]) -> None:
         """For a checkpoint: each part's first row and priorities, as an .npz file."""
-        parts = {"offline": self.offline, "online": self.online}
-        starts = {f"{name}_start": np.int64(tree.start) for name, tree in parts.items()}
-        np.savez(file, **starts, **{name: tree[np.arange(tree.start, tree.end)] for name, tree in parts.items()})
+        arrays: dict[str, Any] = {}
+        for name, tree in (("offline", self.offline), ("online", self.online)):
+            arrays |= {f"{name}_start": np.int64(tree.start), name: tree[np.arange(tree.start, tree.end)]}
+        np.savez(file, **arrays)
 
     def load(self, file: str | os.PathLike | IO[bytes]) -> None:
         """What `save` wrote.
