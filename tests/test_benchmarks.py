@@ -51,6 +51,19 @@ def test_clock_and_table():
     assert common.markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
+@pytest.mark.parametrize("game", online.SETTINGS)
+def test_the_online_configurations_are_what_was_measured(game):
+    stem = {"NumberLine": "number_line", "EZPoints": "ez_points"}.get(game, game.lower())
+    config = common.ROOT / "examples" / "configs" / f"online_{stem}.yaml"
+    _, written, _ = train_agent.parse(["--config", str(config)])
+    _, measured, _ = train_agent.parse(common.as_flags(online.OnlineRun(game, "online", 0).arguments))
+    own = {"output_dir", "logging_dir", "eval_seed", "rollout_seed", "seed"}
+    written, measured = (
+        {name: value for name, value in args.to_dict().items() if name not in own} for args in (written, measured)
+    )
+    assert written == measured
+
+
 def test_pooled_figures():
     results = [{"greedy": {"successes": s, "episodes": 10, "solvable": 8}} for s in (2, 4, 6)]
     level = learning.pooled(results, "greedy")

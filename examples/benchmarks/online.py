@@ -83,22 +83,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "grpo_return": {},
 }
+# Success is rare in some hands: every one is kept, and drawn until it is understood. What explores is the action alone:
+# at temperature 1 the thoughts fall apart. A formula that is too long has failed.
+RARE_SUCCESS: dict[str, Any] = {
+    **STEP_BY_STEP,
+    "bootstrap_truncated": False,
+    "offline_steps": 600,
+    "updates_per_turn": 0.1,
+    "rollout_temperature": 0.5,
+    "rollout_epsilon": 0.1,
+    "replay_capacity": 2 * BUDGET,
+    "replay_prioritized_fraction": 0.5,
+    "online_fraction": 0.75,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {},
-    # Success is rare in some hands (the products): every one is kept, and drawn until it is understood. What explores
-    # is the action alone: at temperature 1 the thoughts fall apart. A formula that is too long has failed.
-    "EZPoints": {
-        **STEP_BY_STEP,
-        "bootstrap_truncated": False,
-        "offline_steps": 600,
-        "updates_per_turn": 0.1,
-        "rollout_temperature": 0.5,
-        "rollout_epsilon": 0.1,
-        "replay_capacity": 2 * BUDGET,
-        "replay_prioritized_fraction": 0.5,
-        "online_fraction": 0.75,
-        "eval_steps": 200,
-    },
+    "EZPoints": {**RARE_SUCCESS, "eval_steps": 200},
     "Blackjack": {
         "off_policy_trace": "tree_backup",
         "turn_lambda": 0.95,
@@ -106,7 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 64,
         "eval_steps": 150,
     },
-    "Points24": {**STEP_BY_STEP, "eval_steps": 300},
+    "Points24": {**RARE_SUCCESS, "eval_steps": 300},
 }
 NAMES = {
     "online": "VLMQ, offline start, then online",
