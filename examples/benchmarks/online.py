@@ -98,7 +98,7 @@ RARE_SUCCESS: dict[str, Any] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {},
-    "EZPoints": {**RARE_SUCCESS, "eval_steps": 200},
+    "EZPoints": {**RARE_SUCCESS, "eval_steps": 300},
     "Blackjack": {
         "off_policy_trace": "tree_backup",
         "turn_lambda": 0.95,
