@@ -73,7 +73,15 @@ from .vlmq_config import VLMQConfig
 CONFIG_NAME = "vlmq_config.json"
 PRIORITIES_NAME = "replay_priorities-{}.npz"  # of each process
 # What a checkpoint holds besides a model; it stays out of the Hub's main folder.
-TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "replay_*", "trainer_state.json", "global*")
+TRAINING_STATE = (
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "replay_*",
+    "trainer_state.json",
+    "global_step*",
+)
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -83,8 +83,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "grpo_return": {},
 }
-# Success is rare in some hands: every one is kept, and drawn until it is understood. What explores is the action alone:
-# at temperature 1 the thoughts fall apart. A formula that is too long has failed.
+# Success is rare in some hands: every one is kept, and drawn until it is understood. What explores is the action
+# alone: at temperature 1 the thoughts fall apart. A formula that is too long has failed.
 RARE_SUCCESS: dict[str, Any] = {
     **STEP_BY_STEP,
     "bootstrap_truncated": False,
