@@ -256,6 +256,20 @@ def test_speed_measures_on_equal_turns(monkeypatch):
     assert len(measured["ratios"]) == 1 and measured["ratio"] > 0 and measured["parameters"] > 2e6
 
 
+def test_speed_with_remembered_pictures(monkeypatch, tmp_path):
+    monkeypatch.setitem(speed.MODELS["tiny-cached"], "batch", 2)
+    trainers = [speed.make_trainer("tiny-cached", method, 3, str(tmp_path)) for method in ("sft", "scalar")]
+    for trainer in trainers:
+        frozen = {name for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        assert frozen and all("vision" in name or "connector" in name for name in frozen)
+    cache = trainers[1].model.vision_cache
+    speed.step_times(trainers[1])
+    new = cache.misses
+    assert new
+    speed.step_times(trainers[1])
+    assert cache.misses == new and cache.hits >= new
+
+
 def test_padded_vocabulary(monkeypatch):
     monkeypatch.setitem(speed.MODELS, "padded", {"recipe": {"layers": 1}, "vocab_size": 5000, "batch": 2})
     model, processor = speed.build("padded")
