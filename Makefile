@@ -63,6 +63,7 @@ bench: $(ALL_READY)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/asynchronous.py
 	$(BIN)/python examples/benchmarks/replay.py
 	$(BIN)/python examples/benchmarks/scaling.py
+	$(BIN)/python examples/benchmarks/size.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/learning.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/domains.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/online.py

@@ -38,7 +38,7 @@ from examples.benchmarks.common import (
     write_json,
     write_section,
 )
-from examples.benchmarks.learning import COMMON, FAST_BF16, STEP_BY_STEP, cells, pooled
+from examples.benchmarks.learning import CHOICES, COMMON, FAST_BF16, STEP_BY_STEP, cells, pooled
 
 BUDGET = 15_000  # environment turns, RL4VLM's
 ENOUGH = 0.9  # of the validation, for "turns to"
@@ -181,7 +181,7 @@ def work(run: OnlineRun) -> None:
             "run": run.name,
             "command": run.command,
             "arguments": run.arguments,
-            "bf16": FAST_BF16,
+            "choices": CHOICES,
             "machine": machine(),
             "versions": versions(),
             "wall_seconds": time.perf_counter() - start,
@@ -197,7 +197,7 @@ def vlmq(run: OnlineRun, output: Path) -> dict[str, Any]:
     if read_json(output / "arguments.json") not in (None, run.arguments):
         shutil.rmtree(output)
     write_json(output / "arguments.json", run.arguments)
-    argv = as_flags({**run.arguments, "bf16": FAST_BF16, "before_episodes": 0, "output_dir": output})
+    argv = as_flags({**run.arguments, **CHOICES, "before_episodes": 0, "output_dir": output})
     found = train_agent.main([*argv, "--disable_tqdm", "true", "--save_steps", "200"])
     return {"data": found["data"], **found["methods"]["vlmq"]}
 

@@ -38,7 +38,7 @@ from examples.benchmarks.common import (
 
 SEED = 0
 SEGMENT_LENGTH = 8
-TIME_TARGET, MEMORY_TARGET = 1.25, 1.15
+TARGETS = (1.25, 1.15)  # time, memory
 CRITICS = ("scalar", "vocab")
 
 # Size of the embedded architecture (`EmbeddedRecipe`), vocabulary, turns in a batch, and steps of a timed run.
@@ -70,6 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "batch": 16,
         "steps": 8,
         "gpu": True,
+        "targets": (1.15, 1.10),
     },
 }
 # The same where the vision tower and the projector are frozen, for both trainers, and where VLMQ remembers what they
@@ -97,10 +98,12 @@ def build(name: str) -> tuple[Any, Any]:
         config = embedded.build_model(recipe, processor).config
     config.text_config.vocab_size = spec["vocab_size"]
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
-    model = Idefics3ForConditionalGeneration(config)
+    if spec.get("gpu"):  # made there: random numbers for billions of weights take minutes on a CPU
+        with torch.device("cuda"):
+            model = Idefics3ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    else:
+        model = Idefics3ForConditionalGeneration(config)
     model.tie_weights()
-    if spec.get("gpu"):
-        model = model.to(device="cuda", dtype=torch.bfloat16)
     return model, processor
 
 
@@ -264,7 +267,8 @@ def report() -> None:
         beyond = (peak["peak_mb"] - peak["before_mb"]) / (base["peak_mb"] - base["before_mb"])
         ratios = r["time"]["ratios"]
         new = f", {r['time']['first_ratio']:.2f} at first" if "vision_cache_gb" in MODELS[r["model"]] else ""
-        met = r["time"]["ratio"] <= TIME_TARGET and memory_ratio <= MEMORY_TARGET
+        most_time, most_memory = MODELS[r["model"]].get("targets", TARGETS)
+        met = r["time"]["ratio"] <= most_time and memory_ratio <= most_memory
         rows.append(
             [
                 MODELS[r["model"]]["title"],
@@ -288,7 +292,8 @@ def report() -> None:
         "turn and their range. Memory: ratio of the peaks, a process each; `beyond the start` is the same without "
         "what the process held before its first step, libraries and weights. Vision frozen: in both trainers, the "
         "projector too; remembered: VLMQ with `vision_cache_gb`, which has seen every picture (`at first`: has not). "
-        f"Target: time at most {TIME_TARGET}, memory at most {MEMORY_TARGET}.\n\n{markdown_table(header, rows)}\n\n"
+        f"Target: time at most {TARGETS[0]}, memory at most {TARGETS[1]}; at 2.5 B 1.15 and 1.10.\n\n"
+        f"{markdown_table(header, rows)}\n\n"
         f"On: {'; '.join(machines)}. {used}.\n\n{commands}"
     )
     write_section(PAGE, "speed", text)
