@@ -535,7 +535,6 @@ def train(
     """
     args = copy.copy(args)
     args.output_dir = os.path.join(args.output_dir, method)
-    sharded = bool(args.fsdp)
     evaluation = EnvEvaluationCallback(
         script.env,
         eval_steps=int(args.eval_steps),
@@ -545,7 +544,6 @@ def train(
         num_envs=args.eval_num_envs,
         max_completion_length=args.max_completion_length,
         agent_format=agent_format,
-        keep_best=not sharded,
         stop_at_success=args.stop_at_success,
         workers=args.rollout_workers,
         env_timeout=args.env_timeout,
@@ -583,15 +581,14 @@ def train(
     checkpoint = newest_checkpoint(args.output_dir)
     if checkpoint is not None and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}")
-    if sharded or checkpoint is None or not trained_to_the_end(checkpoint, evaluation):
+    if checkpoint is None or not trained_to_the_end(checkpoint, evaluation):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if not sharded:
-        evaluation.restore_best(trainer.model)
+    best = evaluation.restore_best(trainer.model)
     trainer.save_model(args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = {
         "history": evaluation.history,
-        "best_step": evaluation.best["step"] if not sharded else evaluation.history[-1]["step"],
+        "best_step": best["step"],
         "train_seconds": evaluation.history[-1]["train_seconds"],
         **test_model(model, trainer.processing_class, script, args, agent_format),
     }

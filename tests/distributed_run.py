@@ -13,11 +13,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gymnasium
 import torch
+from accelerate.state import AcceleratorState, DistributedType
 from peft import LoraConfig
 
 from tests import small_runs
 from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses
-from vlmq_trl.sharding import gathered
+from vlmq_trl.sharding import assign, gathered, whole
+
+if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+    # accelerate takes FSDP for GPUs only; PyTorch's runs on CPUs too.
+    initialize = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:  # once, and shared with all that come later
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
 
 LORA = r".*text_model.*\.(q_proj|v_proj)"
 
@@ -54,23 +69,22 @@ def main() -> None:
         break_the_loss(trainer, task["nan_at"])
     result = {"evaluated": trainer.evaluate(episodes=5)}
     critic = trainer.model.critic
-    before = {name: x.clone() for name, x in critic.target.named_buffers()}
+    before = {name: x.cpu().clone() for name, x in critic.target.named_buffers()}
     trainer.train(resume_from_checkpoint=task.get("resume"))
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]  # which FSDP2 has replaced
     if task.get("callback"):
         result["restored"] = best_weights_are_put_back(trainer, callback, trained)
     if task.get("save"):
         trainer.save_model(task["save"])
     if task.get("push"):
         trainer.push_to_hub()
-    with gathered(trained):
-        dtypes = sorted({str(p.dtype) for p in trained})
+    dtypes = sorted({str(p.dtype) for p in trained})
     result |= {
         "distributed_type": trainer.accelerator.distributed_type.value,
         "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
         "ranks": trainer.accelerator.gather(torch.tensor([args.process_index], device=args.device)).tolist(),
         "log": trainer.state.log_history,
-        "target_moved": {name: float((x - before[name]).abs().max()) for name, x in critic.target.named_buffers()},
+        "target_moved": {name: float((x.cpu() - before[name]).abs().max()) for name, x in critic.target.named_buffers()},
         "target_dtypes": sorted({str(x.dtype) for x in critic.target.buffers()}),
         "dtypes": dtypes,
     }
@@ -92,13 +106,13 @@ def break_the_loss(trainer, update) -> None:
 def best_weights_are_put_back(trainer, callback, trained) -> bool:
     """The best are the last ones here, since no step is better than another."""
     assert callback.best is callback.history[-1]
-    with torch.no_grad(), gathered(trained, write=True):
-        before = [p.detach().clone() for p in trained]
-        for p in trained:
-            p.zero_()
+    with gathered(trained, write=True):
+        before = [whole(p).clone() for p in trained]
+        for p, x in zip(trained, before, strict=True):
+            assign(p, torch.zeros_like(x))
     callback.restore_best(trainer.model)
     with gathered(trained):
-        return all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+        return all([torch.equal(a, whole(b)) for a, b in zip(before, trained, strict=True)])  # to the end, on all ranks
 
 
 if __name__ == "__main__":

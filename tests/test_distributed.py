@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests import small_runs, tiny_models
@@ -20,6 +21,7 @@ from vlmq_trl import evaluate_model, load_replay, validate_trajectories
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"multi_gpu": ("MULTI_CPU", None), **{f"zero{stage}": ("DEEPSPEED", stage) for stage in (1, 2, 3)}}
+KINDS["fsdp2"] = ("FSDP", None)
 SCALAR = {"critic_type": "scalar"}
 VOCAB = {"critic_type": "vocab", "off_policy_trace": "tree_backup"}
 ONLINE = {"offline_steps": 2, "turns_per_round": 20, "updates_per_turn": 0.1, "rollout_num_envs": 2}
@@ -46,12 +48,19 @@ def launch(model_name, tmp_path):
         out.mkdir(exist_ok=True)
         task = {"model": model_name, "out": str(out), "save": str(out / "saved"), **task}
         task["config"] = {"max_steps": steps, "filter": "exp", "bf16": precision == "bf16", **config}
-        configuration = ROOT / "examples" / "accelerate_configs" / f"{kind}.yaml"
+        configurations = ROOT / "examples" / "accelerate_configs"
+        fsdp = {}
+        if kind == "fsdp2":  # the launcher wants GPUs for it; what it would hand on comes from its file all the same
+            fsdp = {
+                name.upper(): str(v) for name, v in read_yaml(configurations / "fsdp2.yaml")["fsdp_config"].items()
+            }
+            fsdp["ACCELERATE_USE_FSDP"] = "true"
+        configuration = configurations / f"{'multi_gpu' if fsdp else kind}.yaml"
         options = ["--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "0"]
         done = subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration), *options]
             + [str(ROOT / "tests" / "distributed_run.py"), json.dumps(task)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": PATH},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": PATH, **fsdp},
             capture_output=True,
             text=True,
             timeout=600,
@@ -69,6 +78,10 @@ def launch(model_name, tmp_path):
         return result
 
     return launch
+
+
+def read_yaml(path):
+    return yaml.safe_load(path.read_text())
 
 
 def series(result, name):

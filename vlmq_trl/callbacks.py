@@ -8,14 +8,14 @@ steps, on the same episodes, with the same choice of the best weights.
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .agent_format import AgentFormat, check_format
 from .policy import evaluate_model
 from .rollout import EnvSpec
-from .sharding import gathered, is_sharded
+from .sharding import assign, gathered, is_sharded, whole
 
 RECORDS_NAME = "env_evaluation.json"
 BEST_NAME = "env_best.safetensors"
@@ -70,7 +70,7 @@ class EnvEvaluationCallback(TrainerCallback):
     on with them.
 
     Raises:
-        ValueError: a number below 1; or, when training begins, `keep_best` with weights that FSDP sharded.
+        ValueError: a number below 1; or, when training begins, `keep_best` under FSDP 1.
     """
 
     def __init__(
@@ -124,15 +124,17 @@ class EnvEvaluationCallback(TrainerCallback):
         """
         if self.best is None or not self.keep_best:
             raise RuntimeError("There are no best weights: train first, with `keep_best=True`.")
-        with torch.no_grad(), gathered(_trained(model), write=True):
-            own = _trainable(model)
-            if {k: p.shape for k, p in own.items()} != {k: w.shape for k, w in self._best_weights.items()}:
+        kept_here = _keeps_parameters(model)
+        with gathered(_trained(model), write=True):
+            own, best = _trainable(model), self._best_weights
+            lacking = any(name not in best for name in own if kept_here(name))
+            if lacking or any(name not in own or own[name].shape != w.shape for name, w in best.items()):
                 raise ValueError(
                     f"{type(model).__name__} has other trainable parameters than the model that was trained; pass "
                     "`trainer.model`."
                 )
-            for name, parameter in own.items():
-                parameter.copy_(self._best_weights[name])
+            for name, x in own.items():
+                assign(x, best.get(name), source=0)
         return self.best
 
     @property
@@ -147,10 +149,10 @@ class EnvEvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if self.keep_best and any(isinstance(p, DTensor) or hasattr(p, "_local_shard") for p in model.parameters()):
+        if self.keep_best and isinstance(model, FullyShardedDataParallel):
             raise ValueError(
-                "`keep_best` copies whole parameters, but FSDP has sharded these. Set `keep_best=False` and keep "
-                "checkpoints with `save_strategy` instead."
+                "`keep_best` copies whole parameters, which FSDP 1 has flattened. Set `fsdp_version: 2`, or "
+                "`keep_best=False` and keep checkpoints with `save_strategy` instead."
             )
         self.history, self.best, self._best_weights = [], None, {}
         self._began, self._evaluating = time.perf_counter(), 0.0
@@ -229,12 +231,14 @@ class EnvEvaluationCallback(TrainerCallback):
 
     def _keep(self, model: nn.Module) -> None:
         """Copies the trainable parameters to CPU, into the memory of the copy before."""
-        with torch.no_grad(), gathered(_trained(model)):
-            for name, parameter in _trainable(model).items():
+        kept_here = _keeps_parameters(model)
+        with gathered(_trained(model)):
+            for name, x in _trainable(model).items():
+                value = whole(x)
                 if name in self._best_weights:
-                    self._best_weights[name].copy_(parameter)
-                else:
-                    self._best_weights[name] = parameter.detach().to("cpu", copy=True)
+                    self._best_weights[name].copy_(value)
+                elif kept_here(name):
+                    self._best_weights[name] = value.to("cpu", copy=True)
 
 
 def newest_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -270,11 +274,17 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: the trainable parameters, and all of a critic, whose target heads and running moments no
-    optimiser moves. ZeRO-3's rank 0 alone keeps parameters; it writes them back for all."""
-    elsewhere = is_sharded(model.parameters()) and not PartialState().is_main_process
+    optimiser moves."""
     changed = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    changed |= {name: x for name, x in model.state_dict().items() if name.startswith("critic.")}
-    return {k: x for k, x in changed.items() if not elsewhere or k in dict(model.named_buffers())}
+    return changed | {name: x for name, x in model.state_dict().items() if name.startswith("critic.")}
+
+
+def _keeps_parameters(model: nn.Module) -> Callable[[str], bool]:
+    """Whether this process keeps what has this name. Of weights that are split rank 0 alone does, and writes them back
+    for all; buffers are never split."""
+    here = not is_sharded(model.parameters()) or PartialState().is_main_process
+    buffers = {name for name, _ in model.named_buffers()}
+    return lambda name: here or name in buffers
 
 
 def _tensorboard_directory(args: TrainingArguments) -> Path:

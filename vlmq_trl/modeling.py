@@ -42,7 +42,7 @@ from transformers.utils import ModelOutput, cached_file
 from trl.kernels import ChunkedLogProbFunction
 
 from .critic import Critic, CriticConfig
-from .sharding import reads
+from .sharding import reads, split_like, unshard
 from .vision_cache import VisionFeatureCache
 
 CRITIC_WEIGHTS_NAME = "critic.safetensors"
@@ -207,6 +207,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         if labels is None:
             return self.pretrained_model(input_ids=input_ids, **model_inputs)
         base = _base_model(self.pretrained_model)
+        unshard(base.get_output_embeddings())  # read here, and not called
         if self.vision_cache is not None:
             model_inputs = self.vision_cache(model_inputs)
         model_inputs["use_cache"] = False
@@ -352,7 +353,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             raise ValueError(f"The critic in {directory} does not fit: (saved, wanted) are {changed}.")
         path = cached_file(str(directory), CRITIC_WEIGHTS_NAME, **hub_kwargs)
         try:
-            self.critic.load_state_dict(load_file(path), strict=True)
+            self.critic.load_state_dict(split_like(load_file(path), self.critic), strict=True)
         except SafetensorError as error:
             raise ValueError(
                 f"{CRITIC_WEIGHTS_NAME} in {directory} is damaged: {error}. Save or copy it again."

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that DeepSpeed ZeRO splits over processes: reading them whole, changing them in place, generating with them.
+"""Weights that DeepSpeed ZeRO or FSDP2 split over processes: reading them whole, changing them in place, generating.
 
-Without DeepSpeed everything here does nothing. Three facts make it necessary:
+Without either everything here does nothing. These facts make it necessary:
 
-- under ZeRO-3 a parameter is empty but while its module's forward runs;
-- under any stage the optimiser steps on float32 copies of its own, and writes them over the parameters: what else
-  changes a trained parameter has to change its copy too;
-- generating token by token under ZeRO-3 would gather every weight once a token.
+- under ZeRO-3 a parameter is empty but while its module's forward runs; under FSDP2 it is a `DTensor`, of which each
+  process holds a slice, and which does not mix with ordinary tensors;
+- under any stage of ZeRO the optimiser steps on float32 copies of its own, and writes them over the parameters: what
+  else changes a trained parameter has to change its copy too;
+- generating token by token would gather every weight once a token.
 
 All of these are collective: every process must enter.
 """
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import add_hooks, remove_hooks
 
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO-3 has split any of them."""
-    return any(hasattr(p, "ds_id") for p in parameters)
+    """Whether ZeRO-3 or FSDP2 has split any of them."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in parameters)
 
 
 def reads(module: nn.Module, parameters: Iterable[nn.Parameter | None]) -> None:
@@ -56,24 +59,66 @@ def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> 
         yield
 
 
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A tensor, or all of one that FSDP2 has split."""
+    if isinstance(x, DTensor):
+        return x.full_tensor().detach().clone()  # the copy waits for what comes asynchronously
+    return x.detach()
+
+
+@torch.no_grad()
+def assign(x: torch.Tensor, value: torch.Tensor | None, source: int | None = None) -> None:
+    """Copies a whole value into a tensor, split by FSDP2 or not; None, where this rank does not know it.
+
+    Args:
+        source: the rank that knows it; None where all have the same.
+    """
+    if isinstance(x, DTensor):
+        value = torch.empty(x.shape) if value is None else value.detach()
+        value = value.to(x.device, x.dtype)
+        value = distribute_tensor(value, x.device_mesh, x.placements, src_data_rank=source)
+    if value is not None:
+        x.copy_(value)
+
+
+def split_like(state: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+    """A whole state dict, as `module.load_state_dict` wants it: what FSDP2 has split there is split here too."""
+    own = module.state_dict()
+    return {
+        name: distribute_tensor(x.to(to.device), to.device_mesh, to.placements, src_data_rank=None)
+        if isinstance(to := own.get(name), DTensor)
+        else x
+        for name, x in state.items()
+    }
+
+
+def unshard(module: nn.Module) -> None:
+    """FSDP2 gathers a module's weights before its forward. This one's are read without it: gathered here, until the
+    end of the backward pass."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+
+
 @torch.no_grad()
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state dict on the CPU, one parameter gathered after the other; on rank 0, elsewhere it is empty."""
     named, state = dict(model.named_parameters(remove_duplicate=False)), {}
-    for name, x in model.state_dict().items():
+    for name, x in model.state_dict().items():  # which reshards what FSDP2 has left whole
         with gathered([named[name]] if name in named else []):
+            x = whole(x if isinstance(x, DTensor) else named.get(name, x))
             if PartialState().is_main_process:
-                state[name] = named.get(name, x).detach().to("cpu", copy=True)
+                state[name] = x.to("cpu", copy=True)
     return state
 
 
 @contextmanager
-def writable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def writable(module: nn.Module) -> Iterator[None]:
     """Trained parameters, whole and float32, that may be changed in place, on every process alike. The optimiser goes
     on from the change."""
-    parameters = list(parameters)
+    parameters = list(module.parameters())
     if not any(hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in parameters):
-        yield
+        with _ordinary(module):
+            yield
         return
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
@@ -91,18 +136,60 @@ def writable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
+def _ordinary(module: nn.Module) -> Iterator[None]:
+    """Ordinary parameters stand in the place of FSDP2's, which take over what all ranks do to them alike."""
+    places = [
+        (part, name, p)
+        for part in module.modules()
+        for name, p in part.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    ]
+    for part, name, p in places:
+        part._parameters[name] = nn.Parameter(whole(p))
+    yield
+    for part, name, p in places:
+        changed, part._parameters[name] = part._parameters[name], p
+        assign(p, changed)
+
+
+@contextmanager
 def ready_to_generate(model: nn.Module) -> Iterator[None]:
-    """Gathers all of a model's weights once, and keeps ZeRO-3's hooks away meanwhile."""
+    """Gathers all of a model's weights once, and keeps ZeRO-3's or FSDP2's hooks from doing it again meanwhile."""
     parameters = list(model.parameters())
     if not is_sharded(parameters):
         yield
         return
-    # The optimiser that ZeRO-3 has put into every trained parameter holds the hooks.
-    optimizer: Any = next((p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")), None)
     with ExitStack() as stack:
-        stack.enter_context(gathered(parameters))
-        if optimizer is not None:
-            engine: Any = SimpleNamespace(optimizer=optimizer)
-            remove_hooks(engine)
-            stack.callback(add_hooks, engine)
+        if isinstance(model, FSDPModule):
+            stack.enter_context(_unsharded(model))
+        else:
+            # The optimiser that ZeRO-3 has put into every trained parameter holds the hooks.
+            optimizer: Any = next((p._z3_optimizer for p in parameters if hasattr(p, "_z3_optimizer")), None)
+            stack.enter_context(gathered(parameters))
+            if optimizer is not None:
+                engine: Any = SimpleNamespace(optimizer=optimizer)
+                remove_hooks(engine)
+                stack.callback(add_hooks, engine)
         yield
+
+
+@contextmanager
+def _unsharded(model: Any) -> Iterator[None]:
+    """All groups of FSDP2's root stay whole between forward passes."""
+    model._get_fsdp_state()._lazy_init()  # else the first part that is called becomes the root
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    # accelerate leaves the root and the head's group whole after a forward in any case.
+    head = model.get_output_embeddings()
+    states = [part._get_fsdp_state() for part in (model, head) if isinstance(part, FSDPModule)]
+    split = [part for part in parts if part._get_fsdp_state() not in states]
+    for part in split:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        for part in parts:
+            part.unshard()
+        yield
+    finally:
+        for part in split:
+            part.set_reshard_after_forward(True, recurse=False)
+        for part in parts:
+            part.reshard()

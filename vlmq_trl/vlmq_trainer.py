@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -66,7 +66,7 @@ from .policy import evaluate_model
 from .recorder import EpisodeRecorder
 from .replay import ReplayBuffer, process_folder
 from .rollout import EnvSpec, Policy, Rollouts, make_env
-from .sharding import gathered, is_sharded, whole_state_dict, writable
+from .sharding import assign, gathered, is_sharded, whole_state_dict, writable
 from .trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
 from .vlmq_config import VLMQConfig
 
@@ -81,6 +81,7 @@ TRAINING_STATE = (
     "replay_*",
     "trainer_state.json",
     "global_step*",
+    "pytorch_model_fsdp*",
 )
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
@@ -234,6 +235,11 @@ class VLMQTrainer(SFTTrainer):
 
         # `compute_loss` divides by the number of tokens in all micro-batches, whatever the model's own loss would do.
         self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP 1 flattens the parameters, and the critic's heads could not be told from the rest. Set "
+                "`fsdp_version: 2`, as examples/accelerate_configs/fsdp2.yaml does."
+            )
         # SFTTrainer has seeded torch, so that every process makes the same fresh critic.
         self._wrap_with_critic(source, critic_config, hub_kwargs)
         if self.aux_loss_enabled:
@@ -281,7 +287,7 @@ class VLMQTrainer(SFTTrainer):
             for p in wrapped.critic.online.parameters():
                 p.data = p.data.to(self.model.dtype)
         if self.args.vision_cache_gb:
-            if is_deepspeed_zero3_enabled() or self.args.fsdp:
+            if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
                 raise ValueError(
                     f"`vision_cache_gb={self.args.vision_cache_gb}`: where weights are split over processes (ZeRO-3, "
                     "FSDP) all of them must enter the vision tower together, known picture or not. Set it to 0, or "
@@ -630,7 +636,7 @@ class VLMQTrainer(SFTTrainer):
             return
         critic = self.model.critic
         sums = self.accelerator.reduce(self._target_sums, reduction="sum")
-        with writable(critic.online.parameters()):
+        with writable(critic.online):
             critic.update_target(self.args.target_tau)
             critic.update_moments(sums[0], sums[1], sums[2], self.args.target_norm_rate)
         self._target_sums.zero_()
@@ -840,8 +846,9 @@ class VLMQTrainer(SFTTrainer):
     # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; under DeepSpeed also where nothing has been trained yet in this process."""
-        if self.is_deepspeed_enabled and getattr(self, "deepspeed", None) is None:
+        """As `Trainer.save_model`; under DeepSpeed also where nothing has been trained yet in this process, and under
+        FSDP always whole."""
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and getattr(self, "deepspeed", None) is None):
             self._save(output_dir, whole_state_dict(self.model))
         else:
             super().save_model(output_dir, _internal_call)
@@ -953,22 +960,26 @@ class VLMQTrainer(SFTTrainer):
             named = Path(resume_from_checkpoint) / own.active_adapter  # where PEFT saves any adapter but "default"
             folder = str(named) if named.is_dir() else resume_from_checkpoint
             require_adapter_weights(folder)
+            loaded = load_peft_weights(folder, device="cpu")
             with gathered([p for p in own.parameters() if p.requires_grad], write=True):
-                result = set_peft_model_state_dict(own, load_peft_weights(folder, device="cpu"), own.active_adapter)
-            missing = [key for key in result.missing_keys if f".{own.active_adapter}." in key]
-            if missing or result.unexpected_keys:
-                raise ValueError(
-                    f"The adapter in {resume_from_checkpoint} does not fit: missing {missing[:3]}, unexpected "
-                    f"{list(result.unexpected_keys)[:3]}."
-                )
+                parts = get_peft_model_state_dict(own, adapter_name=own.active_adapter)
+                known = parts.keys() & loaded.keys()
+                misfits = (parts.keys() ^ loaded.keys()) | {k for k in known if parts[k].shape != loaded[k].shape}
+                if misfits:
+                    raise ValueError(
+                        f"The adapter in {resume_from_checkpoint} does not fit: {sorted(misfits)[:3]} are missing, "
+                        "unexpected or of another shape."
+                    )
+                for name, part in parts.items():
+                    assign(part, loaded[name])
         else:
             # Families save under remapped names; only `from_pretrained` knows the way back.
             saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype, use_safetensors=True)
-            if is_sharded(own.parameters()):  # as the saved model then is, too
+            if is_sharded(own.parameters()):  # under ZeRO-3 the saved model then is, too
                 parts = dict(saved.named_parameters())
                 for name, p in own.named_parameters():
-                    with torch.no_grad(), gathered([p, parts[name]], write=True):
-                        p.copy_(parts[name])
+                    with gathered([p, parts[name]], write=True):
+                        assign(p, parts[name])
             else:
                 own.load_state_dict(saved.state_dict(), strict=True)
         wrapped.load_critic(resume_from_checkpoint)
