@@ -84,7 +84,9 @@ def main() -> None:
         "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
         "ranks": trainer.accelerator.gather(torch.tensor([args.process_index], device=args.device)).tolist(),
         "log": trainer.state.log_history,
-        "target_moved": {name: float((x.cpu() - before[name]).abs().max()) for name, x in critic.target.named_buffers()},
+        "target_moved": {
+            name: float((x.cpu() - before[name]).abs().max()) for name, x in critic.target.named_buffers()
+        },
         "target_dtypes": sorted({str(x.dtype) for x in critic.target.buffers()}),
         "dtypes": dtypes,
     }
@@ -112,7 +114,8 @@ def best_weights_are_put_back(trainer, callback, trained) -> bool:
             assign(p, torch.zeros_like(x))
     callback.restore_best(trainer.model)
     with gathered(trained):
-        return all([torch.equal(a, whole(b)) for a, b in zip(before, trained, strict=True)])  # to the end, on all ranks
+        restored = [whole(p).clone() for p in trained]  # all of them, on every process
+    return all(torch.equal(a, b) for a, b in zip(before, restored, strict=True))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from vlmq_trl import evaluate_model, load_replay, validate_trajectories
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"multi_gpu": ("MULTI_CPU", None), **{f"zero{stage}": ("DEEPSPEED", stage) for stage in (1, 2, 3)}}
 KINDS["fsdp2"] = ("FSDP", None)
+SPLIT = ("zero3", "fsdp2")  # the weights too
 SCALAR = {"critic_type": "scalar"}
 VOCAB = {"critic_type": "vocab", "off_policy_trace": "tree_backup"}
 ONLINE = {"offline_steps": 2, "turns_per_round": 20, "updates_per_turn": 0.1, "rollout_num_envs": 2}
@@ -51,9 +52,8 @@ def launch(model_name, tmp_path):
         configurations = ROOT / "examples" / "accelerate_configs"
         fsdp = {}
         if kind == "fsdp2":  # the launcher wants GPUs for it; what it would hand on comes from its file all the same
-            fsdp = {
-                name.upper(): str(v) for name, v in read_yaml(configurations / "fsdp2.yaml")["fsdp_config"].items()
-            }
+            handed_on = yaml.safe_load((configurations / "fsdp2.yaml").read_text())["fsdp_config"]
+            fsdp = {name.upper(): str(value) for name, value in handed_on.items()}
             fsdp["ACCELERATE_USE_FSDP"] = "true"
         configuration = configurations / f"{'multi_gpu' if fsdp else kind}.yaml"
         options = ["--num_processes", "2", "--mixed_precision", precision, "--main_process_port", "0"]
@@ -80,10 +80,6 @@ def launch(model_name, tmp_path):
     return launch
 
 
-def read_yaml(path):
-    return yaml.safe_load(path.read_text())
-
-
 def series(result, name):
     return [entry[name] for entry in result["log"] if name in entry]
 
@@ -104,19 +100,14 @@ def difference(folder, other, *names):
     return largest
 
 
-def test_zero3_equals_ddp_online_and_resumes(launch, tmp_path, model_name):
+def test_split_weights_equal_ddp_online_and_resume(launch, tmp_path, model_name):
     config = {**VOCAB, **ONLINE, "save_strategy": "steps", "save_steps": 4, "critic_learning_rate": 3e-3}
-    ddp = launch("multi_gpu", "ddp", config, env="NumberLine", callback=True)
-    zero = launch("zero3", "zero", config, env="NumberLine", callback=True)
-    assert_equal_losses(ddp, zero)
-    reported = next(entry["env_turns"] for entry in zero["log"] if "rollout_round" in entry)
+    runs = {kind: launch(kind, kind, config, env="NumberLine", callback=True) for kind in ("multi_gpu", *SPLIT)}
+    ddp = runs["multi_gpu"]
+    reported = next(entry["env_turns"] for entry in ddp["log"] if "rollout_round" in entry)
     assert reported == next(
-        e["rollout_episodes"] * e["rollout_mean_turns"] for e in zero["log"] if "rollout_round" in e
+        e["rollout_episodes"] * e["rollout_mean_turns"] for e in ddp["log"] if "rollout_round" in e
     )
-    assert series(zero, "env_turns")[-1] >= 60 and series(zero, "rollout_episodes") == series(ddp, "rollout_episodes")
-    assert ddp["restored"] and zero["restored"]
-    assert difference(tmp_path / "ddp", tmp_path / "zero", MODEL, CRITIC) < 1e-4
-
     # The processes share the episodes of an evaluation, and the play of a run.
     alone = tiny_models.build("idefics3")
     model = type(alone[0]).from_pretrained(model_name)
@@ -124,32 +115,41 @@ def test_zero3_equals_ddp_online_and_resumes(launch, tmp_path, model_name):
     played = evaluate_model(
         model, alone[1], small_runs.NUMBER_LINE, episodes=5, seed=seeds, max_completion_length=8, num_envs=2
     )
-    for found in (ddp, zero):
-        assert found["evaluated"]["eval_episodes"] == 5
-        assert found["evaluated"]["eval_mean_return"] == played["mean_return"]
-        assert found["evaluated"]["eval_mean_turns"] == played["mean_turns"]
-    replay = tmp_path / "zero" / "replay"
-    offline = validate_trajectories(load_replay(replay, "offline"))
-    assert sorted(offline.episode_ids) == sorted(validate_trajectories(small_runs.number_line()).episode_ids)
-    online = load_replay(replay, "online")
-    numbers = sorted(seed - small_runs.config(tmp_path).rollout_seed for seed in online.unique("seed"))
-    assert {number % 2 for number in numbers} == {0, 1} and len(online) == series(zero, "env_turns")[-1]
+    for kind, run in runs.items():
+        assert_equal_losses(run, ddp)
+        assert series(run, "env_turns")[-1] >= 60
+        assert series(run, "rollout_episodes") == series(ddp, "rollout_episodes")
+        assert run["restored"]
+        assert difference(tmp_path / kind, tmp_path / "multi_gpu", MODEL, CRITIC) < 1e-4
+        assert run["evaluated"]["eval_episodes"] == 5
+        assert run["evaluated"]["eval_mean_return"] == played["mean_return"]
+        assert run["evaluated"]["eval_mean_turns"] == played["mean_turns"]
+        replay = tmp_path / kind / "replay"
+        offline = validate_trajectories(load_replay(replay, "offline"))
+        assert sorted(offline.episode_ids) == sorted(validate_trajectories(small_runs.number_line()).episode_ids)
+        online = load_replay(replay, "online")
+        numbers = sorted(seed - small_runs.config(tmp_path).rollout_seed for seed in online.unique("seed"))
+        assert {number % 2 for number in numbers} == {0, 1} and len(online) == series(run, "env_turns")[-1]
 
     # Bit by bit, from a checkpoint in the middle; the buffer has later rounds already.
-    resumed = launch(
-        "zero3", "zero", config, env="NumberLine", resume=str(tmp_path / "zero" / "checkpoint-4"), save=str(tmp_path)
-    )
-    assert_equal_losses(resumed, zero)
-    for name in (MODEL, CRITIC):
-        a, b = load_file(tmp_path / name), load_file(tmp_path / "zero" / "saved" / name)
-        assert all(torch.equal(a[key], b[key]) for key in b), name
+    for kind in SPLIT:
+        again = tmp_path / f"{kind}_again"
+        checkpoint = str(tmp_path / kind / "checkpoint-4")
+        resumed = launch(kind, kind, config, env="NumberLine", resume=checkpoint, save=str(again))
+        assert_equal_losses(resumed, runs[kind])
+        for name in (MODEL, CRITIC):
+            a, b = load_file(again / name), load_file(tmp_path / kind / "saved" / name)
+            assert all(torch.equal(a[key], b[key]) for key in b), (kind, name)
 
 
-def test_half_precision_keeps_the_critic_exact(launch):
-    """DeepSpeed casts every parameter; the target heads stay float32, the online ones compute in it."""
-    whole = launch("zero2", "whole", SCALAR)
-    half = launch("zero2", "half", SCALAR, precision="bf16")
-    assert half["dtypes"] == ["torch.bfloat16"] and whole["dtypes"] == ["torch.float32"]
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("zero2", "bfloat16"), pytest.param("fsdp2", "float32", marks=pytest.mark.slow)]
+)
+def test_half_precision_keeps_the_critic_exact(kind, dtype, launch):
+    """DeepSpeed casts the parameters, FSDP2 what it gathers; target heads are float32, online ones compute in it."""
+    whole = launch(kind, "whole", SCALAR)
+    half = launch(kind, "half", SCALAR, precision="bf16")
+    assert half["dtypes"] == [f"torch.{dtype}"] and whole["dtypes"] == ["torch.float32"]
     for name, tolerance in (("q_loss", 1e-3), ("target_std", 1e-3), ("loss", 0.05)):
         assert series(half, name) == pytest.approx(series(whole, name), abs=tolerance)
 

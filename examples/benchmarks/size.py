@@ -231,10 +231,13 @@ def train(shape: str, variant: str, steps: int) -> dict[str, Any]:
 
 def play(shape: str, rounds: int) -> list[dict[str, Any]]:
     """Turns a second by the number of environments; a random model's answers all have the full length."""
+    import gymnasium
+    import numpy as np
     import torch
 
-    from examples.benchmarks.rollout import measure_rollouts
     from vlmq_trl import ModelPolicy
+    from vlmq_trl.agent_format import default_format
+    from vlmq_trl.rollout import Request
 
     free()
     model, processor = build(shape)
@@ -243,11 +246,35 @@ def play(shape: str, rounds: int) -> list[dict[str, Any]]:
     for number in PLAYERS:
         policy = ModelPolicy(model, processor, temperature=1.0, max_completion_length=PLAYED_TOKENS, batch_size=number)
         policy.generation_config.min_new_tokens = PLAYED_TOKENS
+        envs = [gymnasium.make(ENV_ID) for _ in range(number)]
+        agent_format = default_format(envs[0])
+        observations = [env.reset(seed=SEED + k)[0] for k, env in enumerate(envs)]
+        rng, seconds, outside = np.random.default_rng(SEED), 0.0, 0.0
         free()
-        found = measure_rollouts(policy, rounds * number, number, workers=False)
+        for count in range(rounds + 1):
+            start = time.perf_counter()
+            prompts = [
+                agent_format.build_prompt(env.get_wrapper_attr("task"), observation)
+                for env, observation in zip(envs, observations, strict=True)
+            ]
+            asked = time.perf_counter()
+            answers = policy.act([Request(env, *prompt, rng) for env, prompt in zip(envs, prompts, strict=True)])
+            answered = time.perf_counter()
+            for k, (env, answer) in enumerate(zip(envs, answers, strict=True)):
+                observations[k], _, terminated, truncated, _ = env.step(agent_format.parse(answer.text).action)
+                if terminated or truncated:
+                    observations[k] = env.reset()[0]
+            if count:  # the first round warms up
+                seconds += time.perf_counter() - start
+                outside += time.perf_counter() - start - (answered - asked)
         peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-        rows.append({"num_envs": number, **found, "peak_gb": peak})
-        print(f"{shape}, {number} environments: {found['turns_per_second']:.2f} turns a second", flush=True)
+        rate = rounds * number / seconds
+        rows.append(
+            {"num_envs": number, "turns_per_second": rate, "outside_policy": outside / seconds, "peak_gb": peak}
+        )
+        print(f"{shape}, {number} environments: {rate:.2f} turns a second", flush=True)
+        for env in envs:
+            env.close()
     return rows
 
 
@@ -264,7 +291,7 @@ def attempt(measure: Callable[[], Any]) -> Any:
 
 def section(result: dict[str, Any]) -> str:
     rows = []
-    for name in MEASURED:
+    for name in (f"{shape}/{variant}" for shape in SHAPES for variant in VARIANTS):
         found = result["training"].get(name)
         if found is None:
             continue
@@ -337,14 +364,14 @@ def main() -> int:
         print(f"{command}\nseed {SEED}; {describe(here)}; {versions()}", flush=True)
         kept = read_json(path) or {"training": {}, "rollouts": []}
         result = {**kept, "command": command, "machine": here, "versions": versions()}
-        if any(fnmatch("3b/play", pattern) for pattern in options.only):
-            result["rollouts"] = play("3b", options.rounds)
-            write_json(path, result)
         for name in (m for m in MEASURED if any(fnmatch(m, pattern) for pattern in options.only)):
             shape, _, variant = name.partition("/")
             result["training"][name] = found = attempt(lambda s=shape, v=variant: train(s, v, options.steps))
             write_json(path, result)
             print(name, found, flush=True)
+        if any(fnmatch("3b/play", pattern) for pattern in options.only):
+            result["rollouts"] = play("3b", options.rounds)
+            write_json(path, result)
     report(path)
     return 0
 
