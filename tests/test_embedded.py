@@ -44,6 +44,9 @@ def test_a_recipe_names_known_games():
 def test_points24_is_seen_in_more_image_tokens_and_states():
     assert [EmbeddedRecipe(games=(game,)).scale_factor for game in embedded.GAMES] == [2, 2, 1, 2]
     assert EmbeddedRecipe().scale_factor == 1  # all games
+    babyai = EmbeddedRecipe(games=("vlmq_trl/BabyAI-GoToObj-v0",))
+    assert (babyai.image_size, babyai.patch_size * babyai.scale_factor) == (7 * 16, 16)  # a token is a cell
+    assert EmbeddedRecipe().image_size == 128
     assert [EmbeddedRecipe(games=(game,)).states for game in embedded.GAMES] == [6000, 6000, 12_000, 6000]
     assert EmbeddedRecipe(games=("Points24",), scale_factor=4).scale_factor == 4
     assert dataclasses.replace(SMALL, games=("Points24",)).scale_factor == 2  # as it was chosen

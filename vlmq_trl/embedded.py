@@ -76,8 +76,10 @@ class EmbeddedRecipe:
         learning_rate: peak of a one-cycle cosine schedule.
         states: training states of each game; None takes 12,000 for Points24, which has the most, and 6,000 otherwise.
         required_accuracy: share of fresh states of each game whose whole reading must be right.
+        image_size: pixels of the picture's side as the model sees it; None takes 112 for BabyAI, where a patch then is
+            one of the 7 x 7 cells, and 128 otherwise.
         scale_factor: patches to an image token, along each side; None takes 1 for Points24, whose formula is written
-            small, and 2 otherwise.
+            small, and for BabyAI's cells, and 2 otherwise.
     """
 
     games: tuple[str, ...] = GAMES
@@ -87,7 +89,7 @@ class EmbeddedRecipe:
     learning_rate: float = 2e-3
     states: int | None = None
     required_accuracy: float = 0.95
-    image_size: int = 128
+    image_size: int | None = None
     patch_size: int = 16
     scale_factor: int | None = None
     vision_hidden_size: int = 128
@@ -102,8 +104,11 @@ class EmbeddedRecipe:
         if unknown or not self.games:
             raise ValueError(f"`games` must name some of {GAMES}, or registered environments, got {self.games}.")
         points24 = "Points24" in self.games
+        babyai = all(game.startswith("vlmq_trl/BabyAI-") for game in self.games)
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", 112 if babyai else 128)
         if self.scale_factor is None:
-            object.__setattr__(self, "scale_factor", 1 if points24 else 2)
+            object.__setattr__(self, "scale_factor", 1 if points24 or babyai else 2)
         if self.states is None:
             object.__setattr__(self, "states", 12_000 if points24 else 6_000)
 
@@ -207,9 +212,9 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         bos_token="<begin>",
         additional_special_tokens=special[3:],
     )
+    assert recipe.image_size is not None and recipe.scale_factor is not None  # filled in when the recipe was made
     size = {"longest_edge": recipe.image_size}
     image_processor = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
-    assert recipe.scale_factor is not None  # filled in when the recipe was made
     tokens = (recipe.image_size // recipe.patch_size // recipe.scale_factor) ** 2
     return Idefics3Processor(image_processor, fast, image_seq_len=tokens, chat_template=CHAT_TEMPLATE)
 
