@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gymnasium
 import torch
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
 
 from tests import small_runs
@@ -28,9 +28,9 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_availab
         initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:  # once, and shared with all that come later
             self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
-        self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = with_fsdp
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -146,10 +147,14 @@ def _ordinary(module: nn.Module) -> Iterator[None]:
     ]
     for part, name, p in places:
         part._parameters[name] = nn.Parameter(whole(p))
-    yield
-    for part, name, p in places:
-        changed, part._parameters[name] = part._parameters[name], p
-        assign(p, changed)
+    changed = [part._parameters[name] for part, name, _ in places]
+    try:
+        yield
+    finally:
+        for part, name, p in places:
+            part._parameters[name] = p
+    for (_, _, p), value in zip(places, changed, strict=True):
+        assign(p, value)
 
 
 @contextmanager
@@ -182,6 +187,7 @@ def _unsharded(model: Any) -> Iterator[None]:
     head = model.get_output_embeddings()
     states = [part._get_fsdp_state() for part in (model, head) if isinstance(part, FSDPModule)]
     split = [part for part in parts if part._get_fsdp_state() not in states]
+    reshard = bool(AcceleratorState().fsdp_plugin.reshard_after_forward)
     for part in split:
         part.set_reshard_after_forward(False, recurse=False)
     try:
@@ -190,6 +196,6 @@ def _unsharded(model: Any) -> Iterator[None]:
         yield
     finally:
         for part in split:
-            part.set_reshard_after_forward(True, recurse=False)
+            part.set_reshard_after_forward(reshard, recurse=False)
         for part in parts:
             part.reshard()
