@@ -7,6 +7,7 @@ accelerate launch ... tests/distributed_run.py '{"model": "folder", "out": "fold
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,9 +16,10 @@ import gymnasium
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
 from tests import small_runs
-from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses
+from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses, online
 from vlmq_trl.sharding import assign, gathered, whole
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
@@ -67,7 +69,7 @@ def main() -> None:
     )
     if "nan_at" in task:
         break_the_loss(trainer, task["nan_at"])
-    result = {"evaluated": trainer.evaluate(episodes=5)}
+    result = {"evaluated": trainer.evaluate(episodes=5), "gathers_while_playing": gathers_while_playing()}
     critic = trainer.model.critic
     before = {name: x.cpu().clone() for name, x in critic.target.named_buffers()}
     trainer.train(resume_from_checkpoint=task.get("resume"))
@@ -92,6 +94,25 @@ def main() -> None:
     }
     if trainer.is_world_process_zero():
         (Path(task["out"]) / "result.json").write_text(json.dumps(result))
+
+
+def gathers_while_playing() -> list[int]:
+    """FSDP2's collectives in each collection, beyond those of its beginning; filled as the run goes on."""
+    gather, ready, counts, total = groups.foreach_all_gather, online.ready_to_generate, [], [0]
+
+    def counted(*args, **kwargs):
+        total[0] += 1
+        return gather(*args, **kwargs)
+
+    @contextmanager
+    def watched(model):
+        with ready(model):
+            before = total[0]
+            yield
+            counts.append(total[0] - before)
+
+    groups.foreach_all_gather, online.ready_to_generate = counted, watched
+    return counts
 
 
 def break_the_loss(trainer, update) -> None:

@@ -74,6 +74,8 @@ def launch(model_name, tmp_path):
         assert written.exists(), done.stderr[-6000:]
         result = json.loads(written.read_text())
         assert (result["distributed_type"], result["zero_stage"]) == KINDS[kind] and result["ranks"] == [0, 1]
+        counts = result["gathers_while_playing"]
+        assert not any(counts) and (counts or not task.get("env") or task.get("resume"))  # which has play already
         assert min(result["target_moved"].values()) > 1e-6 and result["target_dtypes"] == ["torch.float32"]
         return result
 
