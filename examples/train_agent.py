@@ -76,7 +76,7 @@ from vlmq_trl import (
     validate_trajectories,
     wilson_interval,
 )
-from vlmq_trl.callbacks import newest_checkpoint
+from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvSpec, make_env
 from vlmq_trl.envs import DOMAINS
 from vlmq_trl.modeling import load_pretrained

@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from tests import tiny_models
 from tests.small_runs import config
-from vlmq_trl import online
 from vlmq_trl.agent_format import PlainFormat
-from vlmq_trl.callbacks import newest_checkpoint
+from vlmq_trl.checkpoints import newest_checkpoint
+from vlmq_trl.online import data as online_data
 from vlmq_trl.replay import ReplayBuffer
 from vlmq_trl.rollout import Response, play_episodes
 from vlmq_trl.trajectory import dataset_from_episodes
@@ -84,7 +84,7 @@ class Began(TrainerCallback):
 
 def main(folder: Path, steps: int) -> None:
     report_commits(folder)
-    online.COMMIT_SECONDS = 0.0  # many small commits: the more there is to interrupt
+    online_data.COMMIT_SECONDS = 0.0  # many small commits: the more there is to interrupt
     model, processor = tiny_models.build("llama")
     args = config(
         folder / "run",

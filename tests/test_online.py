@@ -19,7 +19,10 @@ from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, t
 from vlmq_trl import losses
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
-from vlmq_trl.online import LEAST_PRIORITY, Schedule, changing, copy_of_policy, exploration, online_fraction
+from vlmq_trl.online import Schedule
+from vlmq_trl.online.asynchronous import changing, copy_of_policy
+from vlmq_trl.online.data import LEAST_PRIORITY
+from vlmq_trl.online.schedule import exploration, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
@@ -401,7 +404,7 @@ def test_a_run_without_a_checkpoint_finds_its_rounds_again(tmp_path, monkeypatch
 
 def test_an_interrupted_round_is_filled_up(tmp_path, monkeypatch):
     """What was committed of a round stays, and what it lacks is played: no episode twice, none lost."""
-    monkeypatch.setattr("vlmq_trl.online.COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("vlmq_trl.online.data.COMMIT_SECONDS", 0.0)
     append = ReplayBuffer.append
     count = 0
 

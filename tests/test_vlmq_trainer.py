@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import vlmq_trainer
+from vlmq_trl import objective, vlmq_trainer
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.critic import Critic
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
@@ -161,9 +161,9 @@ def test_target_moves_by_tau(critic_type, tmp_path, monkeypatch):
 def test_moments_follow_the_targets(tmp_path, monkeypatch):
     """With a rate of 1 the moments are those of the step's targets, over all of its micro-batches."""
     returns = []
-    over_segments = vlmq_trainer._over_segments
+    packed_returns = objective.packed_returns
     monkeypatch.setattr(
-        vlmq_trainer, "_over_segments", lambda *a, **kw: returns.append(over_segments(*a, **kw)) or returns[-1]
+        objective, "packed_returns", lambda *a, **kw: returns.append(packed_returns(*a, **kw)) or returns[-1]
     )
     trainer = make_trainer(tmp_path, max_steps=1, target_norm_rate=1.0, gradient_accumulation_steps=2)
     trainer.train()

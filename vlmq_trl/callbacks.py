@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .agent_format import AgentFormat, check_format
@@ -239,24 +238,6 @@ class EnvEvaluationCallback(TrainerCallback):
                     self._best_weights[name].copy_(value)
                 elif kept_here(name):
                     self._best_weights[name] = value.to("cpu", copy=True)
-
-
-def newest_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint in `output_dir` that was written to its end; None if there is none.
-
-    The trainer's state is the last file of a checkpoint, so that one without, or with half of it, was interrupted.
-    """
-
-    def whole(state: Path) -> bool:
-        try:
-            json.loads(state.read_text())
-        except ValueError:
-            return False
-        return True
-
-    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    folders = [state.parent for state in found if whole(state)]
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,7 +3,7 @@
 
 Reads top to bottom: construction, data, the loss, what happens after each update, evaluation, logs, checkpoints.
 
-Axes: R turns of a batch, S segments, L tokens of a segment, A action tokens (row by row, in order), N critics.
+Axes: A action tokens of a batch (row by row, in order).
 """
 
 import functools
@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -45,8 +45,8 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 
 from . import losses
 from .agent import CARD_NAME, agent_card
-from .agent_format import AgentFormat, check_format, default_format
-from .callbacks import newest_checkpoint
+from .agent_format import AgentFormat, check_format
+from .checkpoints import TRAINING_STATE, load_weights, newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
 from .model_card import CURVE_NAME, evaluations, model_card, plot_success
@@ -59,30 +59,18 @@ from .modeling import (
     load_critic_config,
     load_pretrained,
     load_processor,
-    require_adapter_weights,
 )
-from .online import AsyncOnlineData, OnlineData, Schedule
+from .objective import CriticLosses, critic_losses
+from .online import AsyncOnlineData, OnlineData, check_online, open_online
 from .policy import evaluate_model
 from .recorder import EpisodeRecorder
-from .replay import ReplayBuffer, process_folder
-from .rollout import EnvSpec, Policy, Rollouts, make_env
-from .sharding import assign, gathered, is_sharded, whole_state_dict, writable
-from .trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
+from .rollout import EnvSpec, Policy, make_env
+from .sharding import whole_state_dict, writable
+from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
 PRIORITIES_NAME = "replay_priorities-{}.npz"  # of each process
-# What a checkpoint holds besides a model; it stays out of the Hub's main folder.
-TRAINING_STATE = (
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-    "replay_*",
-    "trainer_state.json",
-    "global_step*",
-    "pytorch_model_fsdp*",
-)
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -172,7 +160,7 @@ class VLMQTrainer(SFTTrainer):
         self._online: OnlineData | None = None
         eval_env = env if eval_env is None else eval_env
         self._index = None if train_dataset is None else validate_trajectories(train_dataset)
-        first_look = None if env is None else self._check_online(args, train_dataset, agent_format)
+        first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
         # By the dataset's id; the dataset is kept beside its index, so that no other can take its id.
         self._eval_indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
         for split in eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset]):
@@ -365,75 +353,10 @@ class VLMQTrainer(SFTTrainer):
 
     # ---- online data ----
 
-    def _check_online(
-        self, args: VLMQConfig, train_dataset: Dataset | None, agent_format: AgentFormat | None
-    ) -> Dataset:
-        """Raises ValueError for what would go wrong later; returns one turn as the agent will see it."""
-        if args.world_size > 1 and args.async_collection:
-            raise ValueError(
-                "`async_collection` needs a single process: the thread's and the learner's collectives would mix. "
-                "Leave it out, or let `rollout_policy` ask a server."
-            )
-        if args.turns_per_round < args.world_size:
-            raise ValueError(
-                f"`turns_per_round={args.turns_per_round}`: each of {args.world_size} processes needs one."
-            )
-        schedule = Schedule.from_config(args)
-        if args.max_steps <= 0:
-            if schedule.num_updates is None:
-                raise ValueError("With an `env`, set `max_steps` (updates) or `max_env_turns` (a budget of turns).")
-            args.max_steps = schedule.num_updates
-        if train_dataset is None and args.offline_steps:
-            raise ValueError(f"`offline_steps={args.offline_steps}` needs a `train_dataset` to learn from.")
-        if args.eval_seed + args.eval_episodes > args.rollout_seed:
-            raise ValueError(
-                f"`rollout_seed={args.rollout_seed}`: collection would come to play the evaluation's episodes, seeds "
-                f"{args.eval_seed} to {args.eval_seed + args.eval_episodes - 1}. Move it above them."
-            )
-        if self.rollout_policy is not None and hasattr(self.rollout_policy, "check"):
-            self.rollout_policy.check()
-        first_look, lists_actions = _first_look(self.env, agent_format, args.rollout_seed)
-        epsilon = args.rollout_epsilon or args.rollout_epsilon_start
-        if epsilon and not lists_actions:
-            raise ValueError(
-                f"`rollout_epsilon={epsilon}` needs to know what can be done: give the environment an "
-                "attribute `legal_actions`, a sequence of strings."
-            )
-        with_images = "images" in first_look.column_names
-        if train_dataset is not None and ("images" in train_dataset.column_names) != with_images:
-            raise ValueError(
-                f"The environment shows {'pictures' if with_images else 'text only'}, the training data "
-                f"{'text only' if with_images else 'pictures'}: they are not of the same task."
-            )
-        return first_look
-
     def _open_online(self, env: EnvSpec) -> None:
-        """The replay buffer, with the offline data in it, and the environments, for one call of `train`."""
+        """For one call of `train`."""
         args = self.args
-        process, n = args.process_index, args.world_size
-        folder = process_folder(args.replay_dir or Path(args.output_dir) / "replay", process, n)
-        buffer = ReplayBuffer(
-            folder,
-            capacity=args.replay_capacity and max(1, args.replay_capacity // n),
-            gamma=args.gamma,
-            with_images="images" in self.train_dataset.column_names,
-        )
-        try:
-            if self._index is not None:
-                buffer.add_offline(*self._offline_share(self._index))
-            rollouts = Rollouts(
-                env,
-                agent_format=self.agent_format,
-                num_envs=args.rollout_num_envs,
-                seed=args.rollout_seed,
-                id_prefix="online",
-                workers=args.rollout_workers,
-                env_timeout=args.env_timeout,
-                max_env_failures=args.max_env_failures,
-            )
-        except BaseException:
-            buffer.close()
-            raise
+        buffer, rollouts = open_online(args, env, self.agent_format, self.train_dataset, self._index)
         kind = AsyncOnlineData if args.async_collection else OnlineData
         self._online = kind(
             args,
@@ -443,20 +366,9 @@ class VLMQTrainer(SFTTrainer):
             self.processing_class,
             policy=self.rollout_policy,
             report=self.log,
-            process=(process, n),
+            process=(args.process_index, args.world_size),
             progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
-
-    def _offline_share(self, index: EpisodeIndex) -> tuple[Dataset, EpisodeIndex]:
-        """The episodes that this process draws from: all, or every n-th of a distributed run."""
-        process, n = self.args.process_index, self.args.world_size
-        if n == 1:
-            return self.train_dataset, index
-        if len(index) < n:
-            raise ValueError(f"{len(index)} episodes of offline data cannot be shared among {n} processes.")
-        spans = zip(index.first_row[process::n], index.length[process::n], strict=True)
-        share = self.train_dataset.select(np.concatenate([np.arange(first, first + count) for first, count in spans]))
-        return share, validate_trajectories(share, check_images="none")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -538,10 +450,12 @@ class VLMQTrainer(SFTTrainer):
         parts: dict[str, Tensor] = {}
         weights = torch.ones_like(output.log_probs)
         if self._with_critic:
-            parts, advantage = self._critic_losses(output, inputs["labels"], turns, mode)
+            judged = critic_losses(args, self.model.critic, output, inputs["labels"], turns)
+            self._record_critic(judged, turns, mode)
+            parts = judged.parts
             if self.state.global_step >= args.critic_warmup_steps or mode == "eval":
                 weights = losses.filter_weights(
-                    advantage,
+                    judged.advantage,
                     args.filter,
                     threshold=args.filter_threshold,
                     temperature=args.filter_temperature,
@@ -563,71 +477,20 @@ class VLMQTrainer(SFTTrainer):
             )
         return (loss, output) if return_outputs else loss
 
-    def _critic_losses(
-        self, output: ValueHeadOutput, labels: Tensor, turns: dict[str, Tensor], mode: str
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Summed critic losses by name, and each action token's advantage [A] (both in normalised units)."""
-        args, critic = self.args, self.model.critic
-        mean, std = critic.target_mean, critic.target_std
-        target_q = losses.aggregate_ensemble(output.target_q_values, args.target_aggregation)
-        target_v = losses.aggregate_ensemble(output.target_state_values, args.target_aggregation)
-        bootstrap = losses.aggregate_ensemble(output.bootstrap_values, args.target_aggregation)
-
-        # Everything about the tokens' place in their turn and segment; [A] unless said otherwise.
-        turn_of_token = (labels[:, 1:] != -100).nonzero()[:, 0]
-        is_turn_end = torch.ones_like(turn_of_token, dtype=torch.bool)
-        is_turn_end[:-1] = turn_of_token[1:] != turn_of_token[:-1]
-        segment = turns["turn_segment"][turn_of_token]
-        is_segment_end = torch.ones_like(is_turn_end)
-        is_segment_end[:-1] = segment[1:] != segment[:-1]
-        terminal = is_turn_end & turns["turn_terminated"][turn_of_token]
-
-        values = losses.denormalize(target_v.float(), mean, std)
-        next_values = values.roll(-1)
-        source = turns["segment_bootstrap"][segment[is_segment_end]]  # [S], -1: terminal
-        padded = torch.cat([losses.denormalize(bootstrap.float(), mean, std), values.new_zeros(1)])
-        next_values[is_segment_end] = padded[source]
-
-        lambdas = torch.where(is_turn_end, args.turn_lambda, args.token_lambda)
-        behavior = turns.get("behavior_log_probs")
-        if behavior is None:  # none recorded in this batch
-            behavior = torch.full_like(output.log_probs, torch.nan)
-        trace = losses.trace_coefficients(output.log_probs, behavior, args.off_policy_trace)
-        if trace is not None:
-            lambdas = lambdas * trace.roll(-1)
-        returns = _over_segments(
-            segment,
-            rewards=torch.where(is_turn_end, turns["turn_reward"][turn_of_token], 0.0),
-            next_values=next_values,
-            discounts=torch.where(is_turn_end, args.gamma, args.token_gamma).masked_fill(terminal, 0.0),
-            lambdas=lambdas,
-        )
-        targets = losses.normalize(returns, mean, std)
-
-        if args.critic_type == "scalar":
-            q_loss, value_loss = losses.scalar_critic_loss(
-                output.q_values, output.state_values, targets, target_q, args.value_expectile
-            )
-            parts = {"q": q_loss, "value": value_loss}
-            state_values = output.state_values.detach().mean(-1)
-        else:
-            q_loss, conservative = losses.vocab_critic_loss(output.q_values, output.q_log_probs, targets)
-            parts = {"q": q_loss, "conservative": args.conservative_coef * conservative}
-            state_values = target_v
-        advantage = losses.advantages(target_q, state_values)
-
-        if mode == "train":
-            deltas = returns - mean
-            self._target_sums += torch.stack([deltas.sum(), deltas.square().sum(), deltas.new_tensor(len(deltas))])
-        is_turn_start = is_turn_end.roll(1)
-        recorded = self._recorded[mode]
-        recorded["advantage"].append(advantage)
-        recorded["value"].append(losses.denormalize(state_values, mean, std)[is_turn_start])
-        recorded["return_to_go"].append(turns["turn_return_to_go"])
-        if mode == "train" and self._online is not None and self._online.priorities is not None:
-            surprise = losses.normalize(turns["turn_return_to_go"], mean, std) - state_values[is_turn_start]
+    def _record_critic(self, judged: CriticLosses, turns: dict[str, Tensor], mode: str) -> None:
+        """For the targets' moments, the log, and the replay's priorities."""
+        mean, std = self.model.critic.target_mean, self.model.critic.target_std
+        recorded, returns = self._recorded[mode], turns["turn_return_to_go"]
+        recorded["advantage"].append(judged.advantage)
+        recorded["value"].append(losses.denormalize(judged.turn_values, mean, std))
+        recorded["return_to_go"].append(returns)
+        if mode != "train":
+            return
+        deltas = judged.returns - mean
+        self._target_sums += torch.stack([deltas.sum(), deltas.square().sum(), deltas.new_tensor(len(deltas))])
+        if self._online is not None and self._online.priorities is not None:
+            surprise = losses.normalize(returns, mean, std) - judged.turn_values
             self._online.learned(turns["turn_row"].cpu().numpy(), surprise.cpu().numpy())
-        return parts, advantage
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -954,35 +817,7 @@ class VLMQTrainer(SFTTrainer):
         """Restores adapter or weights, and the critic, strictly: a key that is missing or left over is an error."""
         if not Path(resume_from_checkpoint).is_dir():
             raise ValueError(f"Can't find a valid checkpoint at {resume_from_checkpoint}")
-        wrapped = self.accelerator.unwrap_model(self.model)
-        own = wrapped.pretrained_model
-        if isinstance(own, PeftModel):
-            named = Path(resume_from_checkpoint) / own.active_adapter  # where PEFT saves any adapter but "default"
-            folder = str(named) if named.is_dir() else resume_from_checkpoint
-            require_adapter_weights(folder)
-            loaded = load_peft_weights(folder, device="cpu")
-            with gathered([p for p in own.parameters() if p.requires_grad], write=True):
-                parts = get_peft_model_state_dict(own, adapter_name=own.active_adapter)
-                known = parts.keys() & loaded.keys()
-                misfits = (parts.keys() ^ loaded.keys()) | {k for k in known if parts[k].shape != loaded[k].shape}
-                if misfits:
-                    raise ValueError(
-                        f"The adapter in {resume_from_checkpoint} does not fit: {sorted(misfits)[:3]} are missing, "
-                        "unexpected or of another shape."
-                    )
-                for name, part in parts.items():
-                    assign(part, loaded[name])
-        else:
-            # Families save under remapped names; only `from_pretrained` knows the way back.
-            saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype, use_safetensors=True)
-            if is_sharded(own.parameters()):  # under ZeRO-3 the saved model then is, too
-                parts = dict(saved.named_parameters())
-                for name, p in own.named_parameters():
-                    with gathered([p, parts[name]], write=True):
-                        assign(p, parts[name])
-            else:
-                own.load_state_dict(saved.state_dict(), strict=True)
-        wrapped.load_critic(resume_from_checkpoint)
+        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:  # as it resumes
@@ -1006,32 +841,6 @@ class _DrawnOnline(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat({})
-
-
-def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[Dataset, bool]:
-    """One turn of the environment as the agent sees it, with an empty response; and whether it lists its legal
-    actions."""
-    made = make_env(env)
-    try:
-        fmt = agent_format if agent_format is not None else default_format(made)
-        task = str(made.get_wrapper_attr("task")) if made.has_wrapper_attr("task") else ""
-        prompt, images = fmt.build_prompt(task, made.reset(seed=seed)[0])
-        legal = made.get_wrapper_attr("legal_actions") if made.has_wrapper_attr("legal_actions") else None
-    finally:
-        made.close()
-    turn = Turn(prompt, images, "", 0.0)
-    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), bool(legal)
-
-
-def _over_segments(segment: Tensor, **tokens: Tensor) -> Tensor:
-    """Token returns of packed tokens: [A] each, `segment` [A] non-decreasing -> [A], through the [S, L] layout."""
-    _, inverse, counts = segment.unique_consecutive(return_inverse=True, return_counts=True)
-    position = torch.arange(len(segment), device=segment.device) - (counts.cumsum(0) - counts)[inverse]
-    shape = (len(counts), int(counts.max()))
-    dense = {name: x.new_zeros(shape).index_put((inverse, position), x) for name, x in tokens.items()}
-    mask = torch.zeros(shape, dtype=torch.bool, device=segment.device)
-    mask[inverse, position] = True
-    return losses.token_returns(mask=mask, **dense)[inverse, position]
 
 
 def _has_log_probs(dataset: Dataset) -> bool:

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, QUIET, config, number_line, text_number_line
-from vlmq_trl import modeling, vlmq_trainer
+from vlmq_trl import modeling, objective
 from vlmq_trl.agent_format import CallableFormat, PlainFormat
 from vlmq_trl.collator import SegmentSampler
 from vlmq_trl.trajectory import validate_trajectories
@@ -196,10 +196,8 @@ def test_padding(name, critic_type, tmp_path):
 def seen_returns(monkeypatch):
     """The token returns of every loss that is computed, in order."""
     seen = []
-    over_segments = vlmq_trainer._over_segments
-    monkeypatch.setattr(
-        vlmq_trainer, "_over_segments", lambda *a, **k: seen.append(over_segments(*a, **k)) or seen[-1]
-    )
+    packed_returns = objective.packed_returns
+    monkeypatch.setattr(objective, "packed_returns", lambda *a, **k: seen.append(packed_returns(*a, **k)) or seen[-1])
     return seen
 
 

@@ -34,7 +34,17 @@ FLOORS = {
         "recorder",
         "vision_cache",
     },
-    3: {"callbacks", "model_card", "online", "vlmq_config", "vlmq_trainer", "ppo_config", "ppo_trainer"},
+    3: {
+        "callbacks",
+        "checkpoints",
+        "model_card",
+        "objective",
+        "online",
+        "vlmq_config",
+        "vlmq_trainer",
+        "ppo_config",
+        "ppo_trainer",
+    },
     4: {"show"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}

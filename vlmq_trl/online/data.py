@@ -1,19 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online data for a trainer: when to collect, with which policy, into which buffer, and what a batch draws from it.
+"""Rounds of play in turn with updates: with which policy, into which buffer, and what a batch draws from it."""
 
-Rounds of collection alternate with updates. Everything that decides what is collected and drawn is a function of the
-seed, the number of the update and what the replay buffer holds, so that a resumed run needs no state of its own (but
-the priorities, where batches are drawn by them): it finds the rounds that are due in the buffer, and collects those
-that are not.
-
-Contents: `Schedule`; `OnlineData`, alone or as one of several processes; `AsyncOnlineData`, which collects in a thread
-while the model learns.
-"""
-
-import copy
 import hashlib
-import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,92 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .collator import segment_items
-from .policy import ModelPolicy
-from .replay import Priorities, ReplayBuffer
-from .rollout import ExploringPolicy, Policy, Request, Response, Rollouts, measures, metrics_of
-from .sharding import ready_to_generate
-from .vlmq_config import VLMQConfig
+from ..collator import segment_items
+from ..policy import ModelPolicy
+from ..replay import Priorities, ReplayBuffer
+from ..rollout import ExploringPolicy, Policy, Rollouts, measures, metrics_of
+from ..sharding import ready_to_generate
+from ..vlmq_config import VLMQConfig
+from .schedule import Schedule, exploration, online_fraction
 
 # How long finished episodes may wait for their commit: what a crash can cost.
 COMMIT_SECONDS = 10.0
 # Priority of a turn that went no better than expected, in standard deviations of the targets.
 LEAST_PRIORITY = 0.01
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which rounds come before which update. Rounds are counted from 1, updates from 0.
-
-    Example: `offline_steps` 10, `turns_per_round` 100, `updates_per_round` 20, `warmup_turns` 150, `max_turns` 300.
-    Round 1 comes before update 10 and ends at 150 turns, round 2 before update 30 at 250, round 3, the last, before
-    update 50 at 300.
-    """
-
-    offline_steps: int
-    turns_per_round: int
-    updates_per_round: int
-    warmup_turns: int = 0
-    max_turns: int | None = None
-
-    @classmethod
-    def from_config(cls, args: VLMQConfig) -> "Schedule":
-        updates = max(1, round(args.turns_per_round * args.updates_per_turn))
-        return cls(args.offline_steps, args.turns_per_round, updates, args.replay_warmup_turns, args.max_env_turns)
-
-    @property
-    def num_rounds(self) -> int | None:
-        """Rounds that the budget pays for; None without a budget."""
-        if self.max_turns is None:
-            return None
-        return 1 + max(0, math.ceil((self.max_turns - self.first_round) / self.turns_per_round))
-
-    @property
-    def first_round(self) -> int:
-        return max(self.turns_per_round, self.warmup_turns)
-
-    @property
-    def num_updates(self) -> int | None:
-        """Updates until the budget is spent and learned from; None without a budget."""
-        return None if self.num_rounds is None else self.offline_steps + self.num_rounds * self.updates_per_round
-
-    def rounds_before(self, update: int) -> int:
-        """Rounds that are collected before this update."""
-        if update < self.offline_steps:
-            return 0
-        due = 1 + (update - self.offline_steps) // self.updates_per_round
-        return due if self.num_rounds is None else min(due, self.num_rounds)
-
-    def turns_before(self, round: int) -> int:
-        """Turns collected in all before a round."""
-        return 0 if round == 1 else self.turns_after(round - 1)
-
-    def turns_after(self, round: int) -> int:
-        """Turns collected in all by the end of a round."""
-        turns = self.first_round + (round - 1) * self.turns_per_round
-        return turns if self.max_turns is None else min(turns, self.max_turns)
-
-
-def online_fraction(args: VLMQConfig, update: int) -> float:
-    """The share of a batch that comes from the collected data: 0 in the offline phase, then a line, then constant."""
-    if update < args.offline_steps:
-        return 0.0
-    if args.online_fraction_start is None or update >= args.offline_steps + args.online_fraction_steps:
-        return args.online_fraction
-    moved = (update - args.offline_steps) / args.online_fraction_steps
-    return args.online_fraction_start + moved * (args.online_fraction - args.online_fraction_start)
-
-
-def exploration(args: VLMQConfig, name: str, turns: int) -> float:
-    """`rollout_temperature` or `rollout_epsilon` of a round before which so many turns were collected: a line from
-    where it starts, over `rollout_annealing_turns`, then constant."""
-    start, end = getattr(args, f"{name}_start"), getattr(args, name)
-    if start is None or turns >= args.rollout_annealing_turns:
-        return end
-    return start + turns / args.rollout_annealing_turns * (end - start)
 
 
 class OnlineData:
@@ -360,175 +276,6 @@ class OnlineData:
         self.buffer.close()
 
 
-class AsyncOnlineData(OnlineData):
-    """Collects in a thread, with a copy of the policy, the round after the one that the learner has.
-
-    The learner offers its weights between updates. The copy answers with weights that are at most `max_staleness`
-    updates old: where they would be older, it waits for the learner's next offer. The learner waits where a round
-    that is due is not complete. Frozen weights are shared with the copy.
-
-    Attributes:
-        waits: seconds that the learner has waited before each update.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        learner = getattr(self.model, "pretrained_model", self.model)
-        self._copy = copy_of_policy(learner).eval()
-        self._source, self._copied = changing(learner), changing(self._copy)
-        self._state = threading.Condition()  # guards all that follows
-        self._offered: dict[str, Tensor] = {}
-        self._offered_update = self._held_update = -1  # of the offer, of the copy
-        self._update = 0  # the learner's
-        self._wanted = 0  # the newest round that may be collected
-        self._needs_offer = self._stopping = False
-        self._error: BaseException | None = None
-        self._staleness: list[int] = []
-        self._reports: list[dict[str, float]] = []
-        self._waited, self._since = 0.0, time.perf_counter()
-        self.waits: list[float] = []
-        self._thread: threading.Thread | None = None
-
-    # ---- the learner's side ----
-
-    def advance(self, update: int) -> None:
-        due = self.schedule.rounds_before(update)
-        with self._state:
-            self._update = update
-            # The next round too, unless training ends before it is due.
-            self._wanted = min(due + 1, self.schedule.rounds_before(self.args.max_steps - 1)) if due else 0
-            if due and self._thread is None and self._error is None:
-                self._thread = threading.Thread(target=self._work, name="vlmq-collection", daemon=True)
-                self._thread.start()
-            if due and (self._needs_offer or update - self._offered_update >= max(1, self.args.max_staleness // 2)):
-                self._offer()
-            self._state.notify_all()
-            start = time.perf_counter()
-            while not self._has(due):
-                self._raise()
-                if self._needs_offer:
-                    self._offer()
-                self._state.wait(timeout=1.0)
-            self.waits.append(time.perf_counter() - start)
-            self._waited += self.waits[-1]
-            self._raise()
-            reports, self._reports = self._reports, []
-        self.round, self.end = due, self.buffer.end
-        for logs in reports:  # here, since the trainer's log is not for two threads
-            self.report(logs)
-
-    def items(self, update: int, number: int, turns: int) -> list[dict[str, Any]]:
-        """As `OnlineData.items`; where the thread's commits have evicted what was drawn, it is drawn again."""
-        for _ in range(10):
-            try:
-                return super().items(update, number, turns)
-            except LookupError:
-                self.end = self.buffer.end
-        return super().items(update, number, turns)
-
-    def _has(self, round: int) -> bool:
-        known = (0, True) if round == 0 else self.buffer.round_end(round)
-        return known is not None and known[1]
-
-    def _offer(self) -> None:
-        """Copies the learner's changing weights; between two updates only."""
-        with torch.no_grad():
-            for name, weight in self._source.items():
-                if name in self._offered:
-                    self._offered[name].copy_(weight)
-                else:
-                    self._offered[name] = weight.detach().clone()
-        self._offered_update, self._needs_offer = self._update, False
-        self._state.notify_all()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def logs(self) -> dict[str, float]:
-        now = time.perf_counter()
-        with self._state:
-            logs = {**super().logs(), "learner_idle": self._waited / max(now - self._since, 1e-9)}
-            if self._staleness:
-                logs["staleness_mean"] = float(np.mean(self._staleness))
-                logs["staleness_max"] = float(max(self._staleness))
-            self._waited, self._since, self._staleness = 0.0, now, []
-        return logs
-
-    def close(self) -> None:
-        with self._state:
-            self._stopping = True
-            self._state.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        super().close()
-
-    # ---- the thread's side ----
-
-    def _work(self) -> None:
-        try:
-            round = 1
-            while not self._stopping:
-                with self._state:
-                    if round > self._wanted:
-                        self._state.wait(timeout=1.0)
-                        continue
-                policy = self.policy or _UpToDate(self, self.model_policy(self._copy, round))
-                measured = {} if self._has(round) else measure(round, [self.play(round, policy)])
-                with self._state:
-                    self._reports += [measured] if measured else []
-                    self._state.notify_all()
-                round += 1
-        except _Stopped:
-            pass
-        except BaseException as error:
-            with self._state:
-                self._error = error
-                self._state.notify_all()
-
-    def refresh(self, requests: int) -> None:
-        """Before the copy answers: takes the newest offer, and waits for one if the copy is too old."""
-        with self._state:
-            while self._offered_update < 0 or self._update - self._offered_update > self.args.max_staleness:
-                if self._stopping:
-                    raise _Stopped
-                self._needs_offer = True
-                self._state.notify_all()
-                self._state.wait(timeout=1.0)
-            if self._stopping:
-                raise _Stopped
-            if self._offered_update > self._held_update:
-                with torch.no_grad():
-                    for name, weight in self._offered.items():
-                        self._copied[name].copy_(weight)
-                self._held_update = self._offered_update
-            self._staleness += [self._update - self._held_update] * requests
-
-
-class _Stopped(Exception):
-    """The learner has ended while the thread waited for it."""
-
-
-@dataclass
-class _UpToDate:
-    """The copy as a policy: it looks to its age before each answer."""
-
-    data: AsyncOnlineData
-    policy: ModelPolicy
-
-    @property
-    def responses(self) -> int:
-        return self.policy.responses
-
-    @property
-    def retokenized(self) -> int:
-        return self.policy.retokenized
-
-    def act(self, requests: list[Request]) -> list[Response]:
-        self.data.refresh(len(requests))
-        return self.policy.act(requests)
-
-
 @dataclass
 class Played:
     """What one process played in a round.
@@ -568,20 +315,3 @@ def fingerprint(args: VLMQConfig, rollouts: Rollouts, buffer: ReplayBuffer, num_
     facts = [repr(getattr(args, name)) for name in decisive]
     facts += [rollouts.name, str(buffer.num_offline), *([str(num_processes)] if num_processes > 1 else [])]
     return int.from_bytes(hashlib.sha256("\n".join(facts).encode()).digest()[:6], "big")
-
-
-def changing(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters, and the buffers, by name."""
-    return {
-        **{name: p for name, p in model.named_parameters() if p.requires_grad},
-        **dict(model.named_buffers()),
-    }
-
-
-def copy_of_policy(policy: nn.Module) -> Any:
-    """A copy of a model that shares the parameters which training does not change."""
-    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    copied: Any = copy.deepcopy(policy, shared)
-    base = copied.get_base_model() if hasattr(copied, "get_base_model") else copied
-    base.__dict__.pop("forward", None)  # TRL's fused one, which is bound to the model that learns
-    return copied
