@@ -19,7 +19,8 @@ from peft import LoraConfig
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
 from tests import small_runs
-from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses, online
+from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses
+from vlmq_trl.online import data as online_data
 from vlmq_trl.sharding import assign, gathered, whole
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
@@ -98,7 +99,7 @@ def main() -> None:
 
 def gathers_while_playing() -> list[int]:
     """FSDP2's collectives in each collection, beyond those of its beginning; filled as the run goes on."""
-    gather, ready, counts, total = groups.foreach_all_gather, online.ready_to_generate, [], [0]
+    gather, ready, counts, total = groups.foreach_all_gather, online_data.ready_to_generate, [], [0]
 
     def counted(*args, **kwargs):
         total[0] += 1
@@ -111,7 +112,7 @@ def gathers_while_playing() -> list[int]:
             yield
             counts.append(total[0] - before)
 
-    groups.foreach_all_gather, online.ready_to_generate = counted, watched
+    groups.foreach_all_gather, online_data.ready_to_generate = counted, watched
     return counts
 
 
