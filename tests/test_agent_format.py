@@ -273,6 +273,15 @@ def test_another_action_in_a_response(response, expected):
     assert JSONCoTFormat().replace_action(response, "-") == JSONFormat().replace_action(response, "-") == expected
 
 
+def test_where_the_action_begins():
+    own = CallableFormat(parse_fn=lambda text: text, base=JSONFormat())
+    for fmt in (JSONFormat(), JSONCoTFormat(), own):
+        assert not fmt.reaches_action('{"thoughts": "an action: up", "action')
+        assert fmt.reaches_action('{"thoughts": "up", "action": ')
+        assert fmt.reaches_action('{"thoughts": "up", "action": "u')
+    assert PlainFormat().reaches_action("") and CallableFormat().reaches_action("")
+
+
 @given(st.text() | st.text(alphabet="{}\"':,\\action "), st.sampled_from(["+", "turn left", 'say "hi"', "9", "é"]))
 def test_the_new_action_is_read_back(response, action):
     render = CallableFormat(parse_fn=lambda text: text[1:], render_fn=lambda action, reading, thoughts: "!" + action)

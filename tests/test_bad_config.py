@@ -70,6 +70,7 @@ BROKEN_CONFIGS = [
     ({"online_fraction_start": -0.1}, "`online_fraction_start=-0.1`: it must lie in [0, 1]"),
     ({"replay_capacity": 0}, "`replay_capacity=0`: it must be at least 1"),
     ({"rollout_temperature": 0.0}, "`rollout_temperature=0.0`: it must be positive"),
+    ({"rollout_action_temperature": 0.0}, "`rollout_action_temperature=0.0`: it must be positive"),
     ({"rollout_temperature_start": 1.5}, "`rollout_annealing_turns=0` and `rollout_temperature_start` or"),
     ({"rollout_annealing_turns": 100}, "`rollout_annealing_turns=100` and `rollout_temperature_start` or"),
     ({"rollout_num_envs": 0}, "`rollout_num_envs=0`: it must be at least 1"),

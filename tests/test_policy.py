@@ -166,6 +166,40 @@ def test_log_probs_are_those_that_training_sees(name, temperature):
     assert sampled.sum() >= len(known) and torch.allclose(recorded[sampled], scored[sampled], atol=1e-4)
 
 
+class AfterFirst(PlainFormat):
+    """The action begins after the first token."""
+
+    def reaches_action(self, response: str) -> bool:
+        return bool(response)
+
+
+def test_the_action_has_a_temperature_of_its_own():
+    """Until a response comes to its action the one temperature holds, row by row, and from there the other; the
+    recorded log-probabilities say so."""
+    model, processor = tiny_models.build("llama")
+    letter = processor("q", add_special_tokens=False)["input_ids"]
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.fill_(-1e4)
+    head.bias.data[[*letter, tiny_models.END_ID]] = torch.tensor([0.8, 0.2]).log()
+    model.set_output_embeddings(head)
+    common = {"temperature": 0.5, "max_completion_length": 2, "logprobs": True}
+    torch.manual_seed(0)
+    policy = ModelPolicy(model, processor, action_temperature=2.0, agent_format=AfterFirst(), **common)
+    responses = policy.act(requests_for(["up", "what colour is the square?"] * 500, "llama"))
+    sharp, flat = (np.array([0.8, 0.2]) ** (1 / t) for t in (0.5, 2.0))
+    (word, end), (later_word, later_end) = np.log(sharp / sharp.sum()), np.log(flat / flat.sum())
+    expected = {"": [end], "q": [word, later_end], "qq": [word, later_word]}
+    for response in responses:
+        assert response.behavior_logprobs == pytest.approx(expected[response.text], abs=1e-5)
+    begun = [response.text for response in responses if response.text]
+    assert abs(begun.count("q") / len(begun) - flat[1] / flat.sum()) < 0.06
+    with pytest.raises(ValueError, match="`action_temperature` needs a temperature above 0, and `agent_format`"):
+        ModelPolicy(model, processor, action_temperature=2.0, **common)
+    with pytest.raises(ValueError, match="`action_temperature` needs a temperature above 0"):
+        ModelPolicy(model, processor, action_temperature=2.0, agent_format=AfterFirst())
+
+
 def score(model, batch, temperature) -> torch.Tensor:
     """[A] log softmax(logits / temperature) of the action tokens, by the model's own plain forward."""
     known = ("input_ids", "attention_mask", "labels", "bootstrap_mask", "segment_bootstrap", "behavior_log_probs")

@@ -154,6 +154,10 @@ class AgentFormat:
         """The action in `response`. Total: never raises, linear time."""
         raise NotImplementedError
 
+    def reaches_action(self, response: str) -> bool:
+        """Whether a response that has come so far has come to its action. For exploration, by `action_temperature`."""
+        return True
+
     def replace_action(self, response: str, action: str) -> str:
         """A response that takes `action`, and keeps of `response` what stands before its action where the format has
         such a thing. For exploration; takes any string."""
@@ -285,6 +289,9 @@ class JSONFormat(AgentFormat):
     def parse(self, response: str) -> ParsedAction:
         return parse_json_action(response)
 
+    def reaches_action(self, response: str) -> bool:
+        return _ACTION_KEY.search(response) is not None
+
     def replace_action(self, response: str, action: str) -> str:
         return replace_json_action(response, action)
 
@@ -322,6 +329,9 @@ class JSONCoTFormat(AgentFormat):
 
     def parse(self, response: str) -> ParsedAction:
         return parse_json_action(response)
+
+    def reaches_action(self, response: str) -> bool:
+        return _ACTION_KEY.search(response) is not None
 
     def replace_action(self, response: str, action: str) -> str:
         return replace_json_action(response, action)
@@ -380,6 +390,9 @@ class CallableFormat(AgentFormat):
         if isinstance(parsed, ParsedAction):
             parsed = parsed.action if parsed.valid else None
         return _accept(parsed) if isinstance(parsed, str) else INVALID
+
+    def reaches_action(self, response: str) -> bool:
+        return self.base.reaches_action(response)
 
     def replace_action(self, response: str, action: str) -> str:
         if self.render_fn is None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
 
-Contents: `stop_token_ids`, `render`, `completion_tokens`, `ModelPolicy`, `TokenLogProbs`, `evaluate_model`.
+Contents: `stop_token_ids`, `render`, `completion_tokens`, `ModelPolicy`, `ActionLogits`, `TokenLogProbs`,
+`evaluate_model`.
 """
 
 from hashlib import sha256
@@ -97,6 +98,9 @@ class ModelPolicy:
         batch_size: largest number of rows in one `generate`.
         logprobs: give each response its tokens' log-probabilities under the sampling distribution, softmax of the
             logits over the temperature. Only sampling has them.
+        action_temperature: of the tokens once the response has come to its action, in place of `temperature`: what
+            explores then is the action, not the reading and the thoughts before it.
+        agent_format: tells where that is.
 
     Attributes:
         responses, retokenized: with `logprobs`, how many responses there were, and how many of them without
@@ -104,7 +108,7 @@ class ModelPolicy:
             training will see other tokens than those that were drawn.
 
     Raises:
-        ValueError: `logprobs` with temperature 0.
+        ValueError: `logprobs` or `action_temperature` with temperature 0; `action_temperature` without `agent_format`.
     """
 
     def __init__(
@@ -116,11 +120,16 @@ class ModelPolicy:
         max_completion_length: int = 256,
         batch_size: int = 64,
         logprobs: bool = False,
+        action_temperature: float | None = None,
+        agent_format: AgentFormat | None = None,
     ):
         if logprobs and not temperature:
             raise ValueError("`logprobs=True` needs a temperature above 0: a greedy answer has no distribution.")
+        if action_temperature is not None and (not temperature or agent_format is None):
+            raise ValueError("`action_temperature` needs a temperature above 0, and `agent_format`.")
         self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.temperature, self.logprobs = temperature, logprobs
+        self.action_temperature, self.agent_format = action_temperature, agent_format
         self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         sampling = {"do_sample": True, "temperature": temperature, **FULL_SUPPORT} if temperature else {}
@@ -165,13 +174,18 @@ class ModelPolicy:
             add_special_tokens=False,
             **kwargs,
         ).to(self.model.device)
+        start = inputs["input_ids"].shape[1]
+        processors = LogitsProcessorList()
+        if self.action_temperature is not None and self.agent_format is not None:
+            factor = self.temperature / self.action_temperature
+            processors.append(ActionLogits(factor, self.agent_format, self.tokenizer, start))
         recorder = TokenLogProbs(self.temperature) if self.logprobs else None
+        if recorder is not None:
+            processors.append(recorder)
         sequences = self.model.generate(
-            **inputs,
-            generation_config=self.generation_config,
-            logits_processor=LogitsProcessorList([recorder] if recorder else []),
+            **inputs, generation_config=self.generation_config, logits_processor=processors
         )
-        tokens = sequences[:, inputs["input_ids"].shape[1] :]
+        tokens = sequences[:, start:]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if recorder is None:
             return [Response(text) for text in texts]
@@ -195,6 +209,29 @@ class ModelPolicy:
             return log_probs[:end]
         self.retokenized += 1
         return None
+
+
+class ActionLogits(LogitsProcessor):
+    """Multiplies the logits of each row that has come to its action.
+
+    Args:
+        factor: of the logits.
+        agent_format: tells whether a text has come to its action.
+        tokenizer: gives the text.
+        start: of the responses, as a position in `input_ids`.
+    """
+
+    def __init__(self, factor: float, agent_format: AgentFormat, tokenizer: PreTrainedTokenizerBase, start: int):
+        self.factor, self.agent_format, self.tokenizer, self.start = factor, agent_format, tokenizer, start
+        self.reached: torch.Tensor | None = None  # [B] bool
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.reached is None:
+            self.reached = torch.zeros(len(input_ids), dtype=torch.bool, device=scores.device)
+        for row in (~self.reached).nonzero()[:, 0].tolist():
+            text = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
+            self.reached[row] = self.agent_format.reaches_action(text)
+        return torch.where(self.reached[:, None], scores * self.factor, scores)
 
 
 class TokenLogProbs(LogitsProcessor):

@@ -113,6 +113,9 @@ class VLMQConfig(SFTConfig):
             Environments that collect at once.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature of the collecting policy; above 0.
+        rollout_action_temperature (`float`, *optional*):
+            The same from where a response comes to its action, by the agent format; `rollout_temperature` when not
+            given. Above it, what explores is the action, and the thoughts that lead to it stay whole.
         rollout_epsilon (`float`, *optional*, defaults to `0.0`):
             Share of the collected turns in which a uniformly random legal action takes the place of the model's own,
             and with it of all actions that are not legal. Needs an environment that lists its `legal_actions`.
@@ -222,6 +225,9 @@ class VLMQConfig(SFTConfig):
     )
     rollout_num_envs: int = field(default=16, metadata={"help": "Environments that collect at once."})
     rollout_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the collection."})
+    rollout_action_temperature: float | None = field(
+        default=None, metadata={"help": "That of the action's own tokens; default: `rollout_temperature`."}
+    )
     rollout_epsilon: float = field(
         default=0.0, metadata={"help": "Share of the collected turns with a random legal action in place of its own."}
     )
@@ -310,6 +316,7 @@ class VLMQConfig(SFTConfig):
             "updates_per_turn",
             "rollout_temperature",
             "rollout_temperature_start",
+            "rollout_action_temperature",
             "env_timeout",
         ):
             value = getattr(self, name)

@@ -178,6 +178,8 @@ class OnlineData:
             max_completion_length=self.args.max_completion_length,
             batch_size=self.args.rollout_num_envs,
             logprobs=True,
+            action_temperature=self.args.rollout_action_temperature,
+            agent_format=self.rollouts.agent_format,
         )
 
     def play(self, round: int, policy: Policy) -> "Played":
