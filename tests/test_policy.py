@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: batches, stop tokens, log-probabilities of what was sampled, evaluation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE
-from vlmq_trl.agent_format import PlainFormat
+from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
 from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
-from vlmq_trl.policy import ModelPolicy, evaluate_model, stop_token_ids
+from vlmq_trl.policy import ActionLogits, ModelPolicy, evaluate_model, stop_token_ids
 from vlmq_trl.rollout import Request, Response
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
 
@@ -198,6 +200,52 @@ def test_the_action_has_a_temperature_of_its_own():
         ModelPolicy(model, processor, action_temperature=2.0, **common)
     with pytest.raises(ValueError, match="`action_temperature` needs a temperature above 0"):
         ModelPolicy(model, processor, action_temperature=2.0, agent_format=AfterFirst())
+
+
+LEGAL = ("turn left", "turn right", "go", 'say "é"')
+
+
+def test_the_action_is_one_of_the_legal_ones():
+    """An untrained model writes legal actions alone, each with its own probability among them, and then ends."""
+    model, processor = tiny_models.build("llama")
+    model.eval()
+    requests = [replace(request, legal_actions=LEGAL) for request in requests_for(["up"] * 600, "llama")]
+    unlisted = requests_for(["hit or stand?"], "llama")
+    common = {"temperature": 0.7, "max_completion_length": 24, "logprobs": True, "batch_size": 601}
+    policy = ModelPolicy(model, processor, action_temperature=1.0, agent_format=PlainFormat(), **common)
+    torch.manual_seed(0)
+    *responses, free = policy.act([*requests, *unlisted])
+    assert {response.text for response in responses} == set(LEGAL) and free.text not in LEGAL
+    for action in LEGAL:
+        (log_prob,) = {round(sum(r.behavior_logprobs), 4) for r in responses if r.text == action}
+        share = sum(response.text == action for response in responses) / len(responses)
+        assert abs(share - np.exp(log_prob)) < 0.06
+
+
+@pytest.mark.parametrize("name", tiny_models.VLM_NAMES + tiny_models.TEXT_NAMES)
+def test_the_tokens_of_the_legal_actions(name):
+    """Whatever the tokenizer does with quotes and colons: after any part of a response that a model may have written,
+    the ways on are those of the legal actions."""
+    _, processor = tiny_models.build(name)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    fmt = JSONCoTFormat()
+    texts = {fmt.render(action, {}, "it is up") for action in LEGAL}
+    whole = tokenizer(min(texts), add_special_tokens=False)["input_ids"]
+    begun = next(n for n in range(len(whole)) if fmt.reaches_action(tokenizer.decode(whole[:n])))
+    stop = tokenizer.eos_token_id
+    logits = ActionLogits(0.5, fmt, tokenizer, 0, [LEGAL], {stop})
+    found, ends = [whole[:begun]], []
+    while found:
+        tokens = found.pop()
+        scores = logits(torch.tensor([tokens]), torch.ones(1, max(len(tokenizer), stop + 1)))[0]
+        allowed = (scores == 0.5).nonzero()[:, 0].tolist()
+        assert 1 <= len(allowed) <= len(LEGAL) and scores.isneginf().sum() == len(scores) - len(allowed)
+        ends += [tokens] if allowed == [stop] else []
+        found += [[*tokens, token] for token in allowed if token != stop]
+    assert {tokenizer.decode(tokens) for tokens in ends} == texts
+    untouched = torch.ones(1, len(tokenizer))
+    before = ActionLogits(0.5, fmt, tokenizer, 0, [LEGAL], {stop})(torch.tensor([whole[: begun - 1]]), untouched)
+    assert torch.equal(before, untouched)
 
 
 def score(model, batch, temperature) -> torch.Tensor:

@@ -99,7 +99,8 @@ class ModelPolicy:
         logprobs: give each response its tokens' log-probabilities under the sampling distribution, softmax of the
             logits over the temperature. Only sampling has them.
         action_temperature: of the tokens once the response has come to its action, in place of `temperature`: what
-            explores then is the action, not the reading and the thoughts before it.
+            explores then is the action, not the reading and the thoughts before it. Where the environment lists its
+            legal actions it is one of them.
         agent_format: tells where that is.
 
     Attributes:
@@ -145,17 +146,17 @@ class ModelPolicy:
 
     def act(self, requests: list[Request]) -> list[Response]:
         """Answers all requests."""
-        rows = [render(self.processing_class, request) for request in requests]
+        rows = [(*render(self.processing_class, request), request.legal_actions) for request in requests]
         if self.memory is None:
             return self._generate_all(rows)
         keys = [
-            (text, *((image.shape, sha256(image.tobytes()).digest()) for image in images)) for text, images in rows
+            (text, *((image.shape, sha256(image.tobytes()).digest()) for image in images)) for text, images, _ in rows
         ]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
         self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
         return [self.memory[key] for key in keys]
 
-    def _generate_all(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[Response]:
+    def _generate_all(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
         return [
             response
             for start in range(0, len(rows), self.batch_size)
@@ -163,11 +164,11 @@ class ModelPolicy:
         ]
 
     @torch.no_grad()
-    def _generate(self, rows: list[tuple[str, list[np.ndarray]]]) -> list[Response]:
-        images = [images for _, images in rows]
+    def _generate(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
+        images = [images for _, images, _ in rows]
         kwargs = {"images": images} if any(images) else {}
         inputs = self.processing_class(
-            text=[text for text, _ in rows],
+            text=[text for text, _, _ in rows],
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -178,7 +179,10 @@ class ModelPolicy:
         processors = LogitsProcessorList()
         if self.action_temperature is not None and self.agent_format is not None:
             factor = self.temperature / self.action_temperature
-            processors.append(ActionLogits(factor, self.agent_format, self.tokenizer, start))
+            legal_actions = [legal for _, _, legal in rows]
+            processors.append(
+                ActionLogits(factor, self.agent_format, self.tokenizer, start, legal_actions, self.stop_tokens)
+            )
         recorder = TokenLogProbs(self.temperature) if self.logprobs else None
         if recorder is not None:
             processors.append(recorder)
@@ -212,26 +216,60 @@ class ModelPolicy:
 
 
 class ActionLogits(LogitsProcessor):
-    """Multiplies the logits of each row that has come to its action.
+    """Gives each row that has come to its action a temperature of its own from there on and, where the environment
+    lists its legal actions, only these to choose from, by their tokens.
 
     Args:
-        factor: of the logits.
-        agent_format: tells whether a text has come to its action.
-        tokenizer: gives the text.
+        factor: of the logits: the temperature that `generate` applies after this processor, over the action's own.
+        agent_format: tells whether a text has come to its action, and how an action ends it.
+        tokenizer: gives the text, and the tokens.
         start: of the responses, as a position in `input_ids`.
+        legal_actions: of each row; empty where there is no list.
+        stop_tokens: that may follow an action of the list.
     """
 
-    def __init__(self, factor: float, agent_format: AgentFormat, tokenizer: PreTrainedTokenizerBase, start: int):
+    def __init__(
+        self,
+        factor: float,
+        agent_format: AgentFormat,
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+        legal_actions: list[tuple[str, ...]],
+        stop_tokens: set[int],
+    ):
         self.factor, self.agent_format, self.tokenizer, self.start = factor, agent_format, tokenizer, start
-        self.reached: torch.Tensor | None = None  # [B] bool
+        self.legal_actions, self.stop_tokens = legal_actions, sorted(stop_tokens)
+        # A row that has come to its action: how its tokens may go on, by its tokens; what is not there is free.
+        self.ways: dict[int, dict[tuple[int, ...], list[int]]] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.reached is None:
-            self.reached = torch.zeros(len(input_ids), dtype=torch.bool, device=scores.device)
-        for row in (~self.reached).nonzero()[:, 0].tolist():
-            text = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
-            self.reached[row] = self.agent_format.reaches_action(text)
-        return torch.where(self.reached[:, None], scores * self.factor, scores)
+        scores = scores.clone()
+        for row, tokens in enumerate(input_ids[:, self.start :].tolist()):
+            if row not in self.ways:
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                if not self.agent_format.reaches_action(text):
+                    continue
+                self.ways[row] = self._ways(text, tokens, self.legal_actions[row])
+            if allowed := self.ways[row].get(tuple(tokens)):
+                kept = scores[row, allowed]
+                scores[row] = -torch.inf
+                scores[row, allowed] = kept
+            scores[row] *= self.factor
+        return scores
+
+    def _ways(self, text: str, tokens: list[int], legal_actions: tuple[str, ...]) -> dict[tuple[int, ...], list[int]]:
+        """For each beginning of a response that takes a legal action, from `tokens` on: the tokens that go on."""
+        ways: dict[tuple[int, ...], set[int]] = {}
+        for action in legal_actions:
+            whole = self.tokenizer(self.agent_format.replace_action(text, action), add_special_tokens=False)[
+                "input_ids"
+            ]
+            if whole[: len(tokens)] != tokens:  # its tokens would have been others before the action already
+                continue
+            for end in range(len(tokens), len(whole)):
+                ways.setdefault(tuple(whole[:end]), set()).add(whole[end])
+            ways.setdefault(tuple(whole), set()).update(self.stop_tokens)
+        return {beginning: sorted(going_on) for beginning, going_on in ways.items()}
 
 
 class TokenLogProbs(LogitsProcessor):

@@ -115,7 +115,8 @@ class VLMQConfig(SFTConfig):
             Sampling temperature of the collecting policy; above 0.
         rollout_action_temperature (`float`, *optional*):
             The same from where a response comes to its action, by the agent format; `rollout_temperature` when not
-            given. Above it, what explores is the action, and the thoughts that lead to it stay whole.
+            given. Above it, what explores is the action, and the thoughts that lead to it stay whole. Where the
+            environment lists its `legal_actions`, the action then is one of them.
         rollout_epsilon (`float`, *optional*, defaults to `0.0`):
             Share of the collected turns in which a uniformly random legal action takes the place of the model's own,
             and with it of all actions that are not legal. Needs an environment that lists its `legal_actions`.
