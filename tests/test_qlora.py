@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from examples import train_agent
 from tests import small_runs, tiny_models
 from vlmq_trl import VLMAgent, VLMQTrainer
+from vlmq_trl.modeling import keep_trainable
 from vlmq_trl.rollout import Request
 
 LORA = LoraConfig(target_modules=r".*(language_model|text_model).*\.(q_proj|v_proj)", r=4)
@@ -76,6 +77,25 @@ def test_a_whole_course(base, tmp_path):
     assert all(torch.equal(x, after[name]) for name, x in learned(further).items())
     further.train()
     assert not all(torch.equal(x, after[name]) for name, x in learned(further).items())
+
+
+def test_gradients_pass_after_an_evaluation(base):
+    """On every processor: some have bitsandbytes pack the weights for play alone, once they are evaluated."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForImageTextToText.from_pretrained(base, quantization_config=quantization)
+    keep_trainable(model)
+    layer = next(module for module in model.modules() if type(module).__name__ == "Linear4bit")
+
+    def gradient():
+        layer.train()
+        x = torch.linspace(-1, 1, 2 * layer.in_features).reshape(2, -1).requires_grad_()
+        layer(x).square().sum().backward()
+        return x.grad
+
+    before = gradient()
+    with torch.no_grad():
+        layer.eval()(torch.ones(2, layer.in_features))
+    assert before.abs().max() > 0 and torch.equal(gradient(), before)
 
 
 def test_the_script_trains_in_4_bits(base, tmp_path, monkeypatch):

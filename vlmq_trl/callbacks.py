@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .agent_format import AgentFormat, check_format
+from .modeling import keep_trainable
 from .policy import evaluate_model
 from .rollout import EnvSpec
 from .sharding import assign, gathered, is_sharded, whole
@@ -148,6 +149,7 @@ class EnvEvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        keep_trainable(model)
         if self.keep_best and isinstance(model, FullyShardedDataParallel):
             raise ValueError(
                 "`keep_best` copies whole parameters, which FSDP 1 has flattened. Set `fsdp_version: 2`, or "

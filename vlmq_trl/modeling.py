@@ -432,6 +432,17 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
     return auto_class.from_pretrained(name, **kwargs)
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """Keeps a 4-bit base model on the CPU as it is through evaluations.
+
+    Where the processor multiplies bfloat16 by itself, bitsandbytes packs a layer's weights anew at the first forward
+    in evaluation mode, into a form that no gradient passes through afterwards, in training mode neither.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_processor(name: str, config: Any, **kwargs: Any) -> Any:
     """The processor or tokenizer saved beside a model or adapter, or else that of an adapter's base model.
 

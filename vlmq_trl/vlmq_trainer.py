@@ -56,6 +56,7 @@ from .modeling import (
     has_adapter,
     has_critic,
     hub_arguments,
+    keep_trainable,
     load_critic_config,
     load_pretrained,
     load_processor,
@@ -282,6 +283,7 @@ class VLMQTrainer(SFTTrainer):
                     "use DDP or ZeRO-1 or 2."
                 )
             wrapped.remember_pictures(int(1e9 * self.args.vision_cache_gb))
+        keep_trainable(wrapped)
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
 
     def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
