@@ -42,7 +42,7 @@ demo: $(READY)
 	$(LAUNCH) examples/train_gym_cards.py --config examples/configs/demo.yaml
 
 test: $(ALL_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(ALL_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --durations 10 $(PYTEST_ARGS)

@@ -47,3 +47,12 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# The files of a few long tests, begun first so that no worker is left with one at the end while the others wait.
+LONG_FILES = ("test_hub_round_trip.py", "test_distributed.py", "test_examples.py", "test_critic_is_right.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG_FILES)))
