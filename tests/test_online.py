@@ -128,6 +128,8 @@ def test_exploration_moves_over_the_collected_turns(tmp_path):
         tmp_path,
         rollout_temperature_start=1.5,
         rollout_temperature=0.5,
+        rollout_action_temperature_start=2.0,
+        rollout_action_temperature=1.0,
         rollout_epsilon=0.1,
         rollout_annealing_turns=200,
     )
@@ -135,6 +137,7 @@ def test_exploration_moves_over_the_collected_turns(tmp_path):
     before = [schedule.turns_before(round) for round in (1, 2, 3)]
     assert before == [0, 150, 250]
     assert [exploration(args, "rollout_temperature", turns) for turns in before] == pytest.approx([1.5, 0.75, 0.5])
+    assert [exploration(args, "rollout_action_temperature", turns) for turns in before] == pytest.approx([2, 1.25, 1])
     assert [exploration(args, "rollout_epsilon", turns) for turns in before] == [0.1] * 3
 
 
@@ -337,6 +340,16 @@ def test_exploring_lets_a_model_that_cannot_act_meet_rewards(tmp_path):
     assert {turn.action for turn in turns} == {"-", "+"} and all(turn.valid for turn in turns)
     assert all(turn.behavior_logprobs is None for turn in turns)
     assert len({turn.reward for turn in turns}) > 1
+
+
+def test_a_model_that_cannot_act_explores_by_its_own_odds(tmp_path):
+    """With an action temperature its actions are legal, its own, and drawn with the probabilities it gives them."""
+    trainer = make_trainer(tmp_path, rollout_action_temperature=1.0, max_steps=1)
+    trainer.train()
+    turns = [turn for episode in collected(tmp_path) for turn in episode.turns]
+    assert {turn.action for turn in turns} == {"-", "+"} and all(turn.valid for turn in turns)
+    chances = [np.exp(sum(turn.behavior_logprobs)) for turn in turns]
+    assert all(0 < chance < 1 for chance in chances) and len(turns) > 10
 
 
 def test_exploration_that_ends(tmp_path):

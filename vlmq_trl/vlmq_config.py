@@ -122,10 +122,12 @@ class VLMQConfig(SFTConfig):
             and with it of all actions that are not legal. Needs an environment that lists its `legal_actions`.
         rollout_temperature_start (`float`, *optional*):
             Temperature of the first round, to explore more at first; constant when not given.
+        rollout_action_temperature_start (`float`, *optional*):
+            The same of `rollout_action_temperature`, which then must be given.
         rollout_epsilon_start (`float`, *optional*):
             The same of `rollout_epsilon`.
         rollout_annealing_turns (`int`, *optional*, defaults to `0`):
-            Collected turns over which the two move from their start, linearly, round by round.
+            Collected turns over which these move from their start, linearly, round by round.
         rollout_seed (`int`, *optional*, defaults to `10_000_000`):
             Seed of the first collected episode; the evaluation's must lie below it.
         rollout_workers (`bool`, *optional*, defaults to `False`):
@@ -235,11 +237,14 @@ class VLMQConfig(SFTConfig):
     rollout_temperature_start: float | None = field(
         default=None, metadata={"help": "That of the first round; default: `rollout_temperature`."}
     )
+    rollout_action_temperature_start: float | None = field(
+        default=None, metadata={"help": "That of the first round; default: `rollout_action_temperature`."}
+    )
     rollout_epsilon_start: float | None = field(
         default=None, metadata={"help": "That of the first round; default: `rollout_epsilon`."}
     )
     rollout_annealing_turns: int = field(
-        default=0, metadata={"help": "Collected turns from the first round's temperature and epsilon to the others."}
+        default=0, metadata={"help": "Collected turns from the first round's temperatures and epsilon to the others."}
     )
     rollout_seed: int = field(default=10_000_000, metadata={"help": "Seed of the first collected episode."})
     rollout_workers: bool = field(default=False, metadata={"help": "A process of its own for each environment."})
@@ -318,6 +323,7 @@ class VLMQConfig(SFTConfig):
             "rollout_temperature",
             "rollout_temperature_start",
             "rollout_action_temperature",
+            "rollout_action_temperature_start",
             "env_timeout",
         ):
             value = getattr(self, name)
@@ -334,11 +340,16 @@ class VLMQConfig(SFTConfig):
             self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
         for name in ("target_tau", "target_norm_rate"):
             self._require(0 < getattr(self, name) <= 1, name, "must lie in (0, 1]")
-        starts = [n for n in ("rollout_temperature_start", "rollout_epsilon_start") if getattr(self, n) is not None]
-        if bool(starts) != bool(self.rollout_annealing_turns):
+        starts = [f"rollout_{name}_start" for name in ("temperature", "action_temperature", "epsilon")]
+        if any(getattr(self, name) is not None for name in starts) != bool(self.rollout_annealing_turns):
             raise ValueError(
-                f"`rollout_annealing_turns={self.rollout_annealing_turns}` and `rollout_temperature_start` or "
-                "`rollout_epsilon_start` go together: from where, and over how many collected turns."
+                f"`rollout_annealing_turns={self.rollout_annealing_turns}` and one of {', '.join(starts)} go "
+                "together: from where, and over how many collected turns."
+            )
+        if self.rollout_action_temperature_start is not None and self.rollout_action_temperature is None:
+            raise ValueError(
+                f"`rollout_action_temperature_start={self.rollout_action_temperature_start}` needs to know where it "
+                "moves to: set `rollout_action_temperature`."
             )
         if self.env_timeout is not None and not self.rollout_workers:
             raise ValueError(

@@ -171,14 +171,15 @@ class OnlineData:
         return (self.process,) if self.process else ()
 
     def model_policy(self, model: Any, round: int) -> ModelPolicy:
+        turns = self.schedule.turns_before(round)
         return ModelPolicy(
             model,
             self.processing_class,
-            temperature=exploration(self.args, "rollout_temperature", self.schedule.turns_before(round)),
+            temperature=exploration(self.args, "rollout_temperature", turns),
             max_completion_length=self.args.max_completion_length,
             batch_size=self.args.rollout_num_envs,
             logprobs=True,
-            action_temperature=self.args.rollout_action_temperature,
+            action_temperature=exploration(self.args, "rollout_action_temperature", turns),
             agent_format=self.rollouts.agent_format,
         )
 

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..vlmq_config import VLMQConfig
 
@@ -70,9 +71,9 @@ def online_fraction(args: VLMQConfig, update: int) -> float:
     return args.online_fraction_start + moved * (args.online_fraction - args.online_fraction_start)
 
 
-def exploration(args: VLMQConfig, name: str, turns: int) -> float:
-    """`rollout_temperature` or `rollout_epsilon` of a round before which so many turns were collected: a line from
-    where it starts, over `rollout_annealing_turns`, then constant."""
+def exploration(args: VLMQConfig, name: str, turns: int) -> Any:
+    """`rollout_temperature`, `rollout_action_temperature` or `rollout_epsilon` of a round before which so many turns
+    were collected: a line from where it starts, over `rollout_annealing_turns`, then constant."""
     start, end = getattr(args, f"{name}_start"), getattr(args, name)
     if start is None or turns >= args.rollout_annealing_turns:
         return end
