@@ -219,6 +219,16 @@ BROKEN_COLUMNS = {
         "prompt",
         "an image part, but the dataset has no `images`",
     ),
+    "tools": (
+        lambda ds: ds.add_column("tools", [None, "[]", None, None, None]),
+        "tools",
+        "row 1, column `tools`: the chat template would get this in training alone",
+    ),
+    "template's arguments": (
+        lambda ds: ds.add_column("chat_template_kwargs", [{"enable_thinking": False}] * 5),
+        "chat_template_kwargs",
+        "Set it in the template, for both",
+    ),
     "no final column": (lambda ds: ds.remove_columns("final_prompt"), "final_prompt", "needs the observation after"),
 }
 
@@ -230,6 +240,12 @@ def test_broken_columns(change, column, words):
         validate_trajectories(ds)
     assert caught.value.column == column
     assert words in str(caught.value)
+
+
+def test_columns_with_other_names_are_left_alone():
+    ds = datasets.Dataset.from_list(good_rows(), features=FEATURES)
+    ds = ds.add_column("note", ["x"] * 5).add_column("tools", [None] * 5)
+    assert len(validate_trajectories(ds)) == 2
 
 
 def test_every_picture_is_checked_and_not_a_sample_only():

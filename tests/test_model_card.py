@@ -77,9 +77,21 @@ def test_what_a_callback_played_counts_too(tmp_path):
     callback = EnvEvaluationCallback(NUMBER_LINE, eval_steps=2, episodes=3, max_completion_length=8)
     trainer = make_trainer(tmp_path, callbacks=[callback])
     trainer.train()
-    found = evaluations(trainer.state.log_history)
+    found = evaluations(trainer.state.log_history, trainer.args.to_dict())
     assert [e.step for e in found] == [0, 2, 4] == [record["step"] for record in callback.history]
     assert [e.mean_return for e in found] == [record["mean_return"] for record in callback.history]
+
+
+def test_an_evaluation_under_other_settings_does_not_count(tmp_path):
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    for other in ({"episodes": 7}, {"temperature": 1.0}, {"seed": 5}):
+        trainer.evaluate(**other)
+        trainer.state.log_history[-1]["eval_success_rate"] = 0.875  # so that it can be told from the run's own
+    trainer.create_model_card()
+    text = (tmp_path / "agent" / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.* (\d+) \|$", text, flags=re.MULTILINE)
+    assert rows == [("2", "4"), ("4", "4")] and "87.5" not in text and "0.875" not in text
 
 
 def played(n):

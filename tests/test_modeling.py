@@ -5,6 +5,7 @@ Everything that the wrapper computes in pieces is held against the dense computa
 positions, and sums over the whole vocabulary.
 """
 
+import copy
 import json
 import re
 import warnings
@@ -559,6 +560,26 @@ def test_lora_round_trip(name, config, tmp_path):
     assert torch.equal(stock(**stock_inputs(batch)).logits, adapted)
 
 
+@torch.no_grad()
+def test_an_adapter_of_any_name_is_saved_where_it_is_looked_for(tmp_path):
+    model, processor = tiny_models.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    adapted = lora(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    adapted.add_adapter("agent", copy.deepcopy(adapted.peft_config["default"]))
+    adapted.set_adapter("agent")
+    for k, p in adapted.named_parameters():
+        if "lora_B.agent" in k:
+            p.normal_(std=0.3)
+    wrapped, batch = wrap(adapted, SCALAR), batch_of("llama", processor)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert not [file for file in (tmp_path / "adapter").iterdir() if file.is_dir()]
+    loaded = ValueHeadModel.from_pretrained(tmp_path / "adapter").eval()
+    before, after = wrapped(**batch), loaded(**batch)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    stock = peft.PeftModel.from_pretrained(adapted.unload(), tmp_path / "adapter").eval()
+    assert torch.equal(stock(**stock_inputs(batch)).logits, loaded.pretrained_model(**stock_inputs(batch)).logits)
+
+
 def test_a_loaded_adapter_can_be_trained_further(tmp_path):
     model, processor = tiny_models.build("idefics3")
     model.save_pretrained(tmp_path / "base")
@@ -733,6 +754,14 @@ def test_prompt_learning_is_refused(prompt_config):
     adapted = peft.get_peft_model(model, prompt_config(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match="Prompt-learning PEFT methods shift the token positions"):
         ValueHeadModel(adapted)
+
+
+def test_several_adapters_at_once_are_refused():
+    model = lora(tiny_models.build("llama")[0])
+    model.add_adapter("agent", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "agent"])
+    with pytest.raises(ValueError, match=r"\['default', 'agent'\] act together.*`set_adapter`"):
+        ValueHeadModel(model)
 
 
 def test_an_adapter_on_the_head_is_refused():

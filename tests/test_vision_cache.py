@@ -27,10 +27,12 @@ def freeze(model):
     return model
 
 
-def item(k, size=64):
+def item(k, size=64, pictures=1):
+    content = [{"type": "image"}] * pictures + [{"type": "text", "text": "what?" + " up" * k}]
+    rng = np.random.default_rng(k)
     return {
-        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?" + " up" * k}]}],
-        "images": [np.random.default_rng(k).integers(0, 255, (size, size, 3), dtype=np.uint8)],
+        "prompt": [{"role": "user", "content": content}],
+        "images": [rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for _ in range(pictures)],
         "completion": [{"role": "assistant", "content": "left"}],
         "row": k,
         "segment": k,
@@ -42,7 +44,11 @@ def item(k, size=64):
 
 
 def inputs(processor, *pictures, size=64):
-    batch = VLMQDataCollator(processor)([{**item(k, size), "segment": i} for i, k in enumerate(pictures)])
+    return collate(processor, [{**item(k, size), "segment": i} for i, k in enumerate(pictures)])
+
+
+def collate(processor, items):
+    batch = VLMQDataCollator(processor)(items)
     return {name: value for name, value in batch.items() if not name.startswith(("turn_", "segment_"))}
 
 
@@ -70,6 +76,20 @@ def test_scores_and_gradients_are_those_without_it(family, lora):
     for batch, expected in zip(batches, plain, strict=True):
         assert_close(scores(model, batch), expected, atol=1e-5, rtol=1e-4)
     assert (model.vision_cache.misses, model.vision_cache.hits) == (3, 3)
+
+
+@pytest.mark.parametrize("family", tiny_models.VLM_NAMES)
+def test_turns_of_a_batch_may_show_different_numbers_of_pictures(family):
+    model, processor = tiny_models.build(family)
+    model = ValueHeadModel(freeze(model))
+    turns = [item(k, pictures=n) for k, n in enumerate((0, 1, 2, 0))]
+    batches = [collate(processor, turns), collate(processor, turns[:2]), collate(processor, turns[1:3])]
+    plain = [scores(model, batch) for batch in batches]
+    model.remember_pictures(10**9)
+    for batch, expected in zip(batches, plain, strict=True):
+        assert_close(scores(model, batch), expected, atol=1e-5, rtol=1e-4)
+    if family in ("idefics3", "smolvlm"):  # rows of pictures, known whatever they are filled up with
+        assert (model.vision_cache.misses, model.vision_cache.hits) == (2, 3)
 
 
 def test_another_size_or_a_single_pixel_is_another_picture():

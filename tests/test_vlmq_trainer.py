@@ -32,6 +32,8 @@ PLAYED = (
     "valid_rate",
     "episodes",
     "runtime",
+    "temperature",
+    "seed",
 )
 
 
@@ -280,6 +282,7 @@ def test_evaluate_plays(tmp_path):
     assert trainer.state.log_history[-1]["eval_mean_turns"] == metrics["eval_mean_turns"] == 10.0
     other = trainer.evaluate(metric_key_prefix="test", episodes=2, temperature=1.0, seed=5)
     assert other["test_episodes"] == 2 and "test_success_rate" in other
+    assert (other["test_temperature"], other["test_seed"]) == (1.0, 5.0)
 
 
 def test_evaluate_computes_the_loss(tmp_path):

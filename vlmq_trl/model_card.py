@@ -20,6 +20,8 @@ SETTINGS = (
     *("critic_type", "filter", "token_lambda", "turn_lambda", "gamma", "off_policy_trace", "value_expectile"),
     *("learning_rate", "critic_learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 )
+# How `evaluate` plays, unless it is told otherwise; its log says how it did.
+EVALUATION_SETTINGS = ("eval_episodes", "eval_temperature", "eval_seed")
 BIBTEX = """@article{grigsby2025vlmq,
   title   = {{VLM Q-Learning: Aligning Vision-Language Models for Interactive Decision-Making}},
   author  = {Grigsby, Jake and Zhu, Yuke and Ryoo, Michael and Niebles, Juan Carlos},
@@ -49,14 +51,22 @@ class Evaluation:
     env_turns: float | None = None
 
 
-def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
-    """What a trainer's log says of episodes that were played, by `evaluate` or by an `EnvEvaluationCallback`."""
+def evaluations(log_history: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> list[Evaluation]:
+    """What a trainer's log says of episodes that were played, by `evaluate` or by an `EnvEvaluationCallback`.
+
+    Args:
+        arguments: the trainer's. What `evaluate` was told to play otherwise is left out: a look at few episodes, or at
+            sampled answers, does not compare with the run's own evaluations.
+    """
+    own = {name: float(arguments[name]) for name in EVALUATION_SETTINGS}
     names = {
         "eval_success_rate": ("eval_success_rate", "eval_success_rate_low", "eval_success_rate_high", "eval_"),
         "env_success_rate": ("env_success_rate", "env_low", "env_high", "env_"),
     }
     found: dict[tuple[str, int], Evaluation] = {}
     for entry in log_history:
+        if any(entry.get(name, value) != value for name, value in own.items()):
+            continue
         for kind, (rate, low, high, prefix) in names.items():
             if all(name in entry for name in (rate, low, high, f"{prefix}mean_return")):
                 found[kind, entry["step"]] = Evaluation(
@@ -157,7 +167,7 @@ def _results(shown: Evaluation, env_id: str | None) -> list[EvalResult]:
 def _success_table(played: Sequence[Evaluation], shown: Evaluation | None) -> str:
     """At most ten evaluations, the shown one and the ends among them."""
     if shown is None:
-        return "It has not been evaluated in an environment."
+        return "It has not been evaluated in an environment with the settings of its run."
     stride = max(1, math.ceil(len(played) / 8))
     rows = [e for k, e in enumerate(played) if k % stride == 0 or e in (shown, played[-1])]
     online = any(e.env_turns is not None for e in rows)

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -117,7 +118,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             before, if several processes must agree on the fresh weights.
 
     Raises:
-        ValueError: if the model has no language-model head or an adapter on it, or its adapter adds virtual tokens.
+        ValueError: if the model has no language-model head or an adapter on it, or its adapter adds virtual tokens, or
+            several adapters act at once.
     """
 
     def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
@@ -141,6 +143,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             raise ValueError(
                 "An activated LoRA (`alora_invocation_tokens`) acts on a part of the tokens, which only the whole "
                 "model's forward knows; use LoRA without it."
+            )
+        if isinstance(pretrained_model, PeftModel) and len(pretrained_model.active_adapters) > 1:
+            raise ValueError(
+                f"The adapters {pretrained_model.active_adapters} act together, and what is saved is one adapter: "
+                "activate one (`set_adapter`), or make one of them (`add_weighted_adapter`)."
             )
         if isinstance(head, BaseTunerLayer):
             raise ValueError(
@@ -294,7 +301,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
     def save_pretrained(
         self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any
     ) -> None:
-        """Writes a stock model (or PEFT adapter), and the critic in its own two files.
+        """Writes a stock model (or PEFT adapter: the active one, by any name), and the critic in its own two files.
 
         Args:
             state_dict: this module's whole state dict, where the weights are sharded and were gathered before.
@@ -308,7 +315,13 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             prefix = "pretrained_model."
             own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
             critic_state = {k.removeprefix("critic."): v for k, v in state_dict.items() if k.startswith("critic.")}
-        self.pretrained_model.save_pretrained(save_directory, state_dict=own, **kwargs)
+        if isinstance(self.pretrained_model, PeftModel):
+            name = self.pretrained_model.active_adapter
+            self.pretrained_model.save_pretrained(save_directory, state_dict=own, selected_adapters=[name], **kwargs)
+            if name != "default" and kwargs.get("is_main_process", True):
+                _move_up(Path(save_directory) / name)
+        else:
+            self.pretrained_model.save_pretrained(save_directory, state_dict=own, **kwargs)
         if kwargs.get("is_main_process", True):
             self.save_critic(save_directory, critic_state)
         if push and kwargs.get("is_main_process", True):  # of a copy: the folder may hold other files
@@ -409,8 +422,6 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
     hub_kwargs = hub_arguments(kwargs)
     kwargs["use_safetensors"] = True
     if has_adapter(name, **hub_kwargs):
-        from peft import PeftConfig, PeftModel
-
         peft_config = PeftConfig.from_pretrained(name, **hub_kwargs)
         if not peft_config.base_model_name_or_path:
             raise ValueError(
@@ -510,6 +521,14 @@ def find_file(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str 
                 stacklevel=2,
             )
         return None
+
+
+def _move_up(folder: Path) -> None:
+    """Puts an adapter beside its folder, which PEFT makes for any name but "default" and does not look for."""
+    for name in (SAFETENSORS_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+        os.replace(folder / name, folder.parent / name)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _upload(

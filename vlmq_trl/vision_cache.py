@@ -119,12 +119,21 @@ class VisionFeatureCache:
 
 
 def _one_by_one(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The encoder's inputs for each picture: packed patches by their grid, anything else along its first axis."""
+    """The encoder's inputs for each picture: packed patches by their grid, anything else along its first axis.
+
+    Idefics has rows of pictures there, filled up with empty ones (all 0), which its encoder drops: they are left out
+    here, so that the same row in another batch is known, and a row of nothing else, which the encoder cannot take.
+    """
     grid = inputs.get("image_grid_thw")
     if grid is not None:
         patches = inputs["pixel_values"].split(grid.prod(-1).tolist())
         for one, size in zip(patches, grid, strict=True):
             yield {"pixel_values": one, "image_grid_thw": size[None]}
+        return
+    if inputs["pixel_values"].ndim == 5 and "pixel_attention_mask" in inputs:
+        for number, real in enumerate(inputs["pixel_values"].flatten(2).any(-1)):
+            if real.any():
+                yield {name: value[number, real][None] for name, value in inputs.items()}
         return
     for number in range(len(inputs["pixel_values"])):
         yield {name: value[number : number + 1] for name, value in inputs.items()}

@@ -539,7 +539,8 @@ class VLMQTrainer(SFTTrainer):
 
         Returns:
             With the prefix: `success_rate` and its 95 % Wilson interval `success_rate_low`, `success_rate_high`,
-            `mean_return`, `mean_turns`, `valid_rate`, `episodes`, ...; and what `SFTTrainer.evaluate` returns.
+            `mean_return`, `mean_turns`, `valid_rate`, `episodes`, ...; the `temperature` and `seed` they were played
+            with; and what `SFTTrainer.evaluate` returns.
         """
         metrics: dict[str, float] = {}
         splits = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -555,13 +556,15 @@ class VLMQTrainer(SFTTrainer):
                 raise ValueError("Nothing to evaluate: give the trainer an `eval_env` or an `eval_dataset`.")
             return metrics
         start = time.perf_counter()
+        temperature = self.args.eval_temperature if temperature is None else temperature
+        seed = self.args.eval_seed if seed is None else seed
         played = evaluate_model(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             self.eval_env,
             episodes=self.args.eval_episodes if episodes is None else episodes,
-            temperature=self.args.eval_temperature if temperature is None else temperature,
-            seed=self.args.eval_seed if seed is None else seed,
+            temperature=temperature,
+            seed=seed,
             num_envs=self.args.eval_num_envs,
             max_completion_length=self.args.max_completion_length,
             agent_format=self.agent_format,
@@ -571,7 +574,7 @@ class VLMQTrainer(SFTTrainer):
             distributed=True,
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
-        played["runtime"] = time.perf_counter() - start
+        played |= {"runtime": time.perf_counter() - start, "temperature": temperature, "seed": seed}
         played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
         was_training = self.model.training
         self.model.eval()  # what training has recorded since its last log stays for its next
@@ -745,7 +748,7 @@ class VLMQTrainer(SFTTrainer):
         folder, own = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model).pretrained_model
         folder.mkdir(parents=True, exist_ok=True)
         base_model = get_config_model_id(own.config)
-        played = evaluations(self.state.log_history)
+        played = evaluations(self.state.log_history, self.args.to_dict())
         if len(played) > 1:
             plot_success(played, folder / CURVE_NAME)
         best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None

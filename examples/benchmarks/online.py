@@ -84,14 +84,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo_return": {},
 }
 # Success is rare in some hands: every one is kept, and drawn until it is understood. What explores is the action
-# alone, among the legal ones: at temperature 1 the thoughts fall apart. A formula that is too long has failed.
+# alone, among the legal ones, less and less: at temperature 1 the thoughts fall apart. A formula that is too long has
+# failed.
 RARE_SUCCESS: dict[str, Any] = {
     **STEP_BY_STEP,
     "bootstrap_truncated": False,
     "offline_steps": 600,
     "updates_per_turn": 0.1,
     "rollout_temperature": 0.5,
-    "rollout_action_temperature": 1.5,
+    "rollout_action_temperature_start": 1.5,
+    "rollout_action_temperature": 0.7,
+    "rollout_annealing_turns": 12_000,
+    "filter_max_weight": 200.0,
     "rollout_epsilon": 0.02,
     "replay_capacity": 2 * BUDGET,
     "replay_prioritized_fraction": 0.5,

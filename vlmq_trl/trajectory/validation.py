@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 REQUIRED_COLUMNS = ("prompt", "completion", "episode_id", "turn", "reward", "terminated", "truncated")
+TEMPLATE_COLUMNS = ("chat_template_kwargs", "tools")  # which TRL hands to the chat template
 ROLES = ("system", "user", "assistant", "tool")
 IMAGE_SAMPLE = 64  # rows of each image column that validate_trajectories(check_images="sample") looks at
 IMAGE_BATCH = 64  # rows whose images are in memory at once
@@ -453,7 +454,16 @@ def validate_trajectories(
         final_images = "final_images" if "final_images" in ds.column_names else None
         _check_prompts(columns, "final_prompt", final_images, no_final)
 
-    # Optional columns.
+    # Optional columns; those with other names are nobody's business.
+    for column in TEMPLATE_COLUMNS:
+        if column in ds.column_names:
+            _fail(
+                ~columns.null(column),
+                column,
+                "the chat template would get this in training alone, since a turn that is played has no such column. "
+                "Set it in the template, for both: `processing_class.chat_template = '{% set enable_thinking = false "
+                "%}' + processing_class.chat_template`, for instance; then drop the column.",
+            )
     if "action" in ds.column_names:
         _scalar(columns, "action", _is_string, "a string ('' when nothing was parsed)")
     if "valid" in ds.column_names:
