@@ -3,6 +3,7 @@
 
 import errno
 import functools
+import shutil
 import time
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from transformers import TrainerCallback
 from tests import tiny_models
 from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import losses
-from vlmq_trl.agent_format import PlainFormat
+from vlmq_trl import EnvEvaluationCallback, losses
+from vlmq_trl.agent_format import CallableFormat, PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.online import Schedule
 from vlmq_trl.online.asynchronous import changing, copy_of_policy
-from vlmq_trl.online.data import LEAST_PRIORITY
+from vlmq_trl.online.data import LEAST_PRIORITY, identity
 from vlmq_trl.online.schedule import exploration, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
@@ -49,10 +50,9 @@ def make_trainer(
         config(output_dir, **{**SMALL, **kwargs}),
         train_dataset=dataset,
         env=env,
-        agent_format=PlainFormat(),
         processing_class=processor,
         callbacks=callbacks,
-        **(init or {}),
+        **{"agent_format": PlainFormat(), **(init or {})},
     )
 
 
@@ -384,23 +384,44 @@ def test_resume(tmp_path, saved, prioritized):
     assert_same_run(resumed, whole)
 
 
-@pytest.mark.parametrize("online", [False, True])
-def test_a_finished_run_is_not_trained_further(tmp_path, online):
+@pytest.mark.parametrize(("online", "checkpoint"), [(False, lambda path: True), (True, lambda path: path)])
+def test_a_finished_run_is_not_trained_further(tmp_path, online, checkpoint):
     kwargs = {"dataset": text_number_line(), "env": TextNumberLine if online else None, "max_steps": 3}
     kwargs |= {"save_strategy": "steps", "save_steps": 3}
-    whole = make_trainer(tmp_path, **kwargs)
+    callbacks = [EnvEvaluationCallback(TextNumberLine, eval_steps=3, episodes=2, max_completion_length=3)]
+    whole = make_trainer(tmp_path, callbacks=callbacks, **kwargs)
     whole.train()
-    again = make_trainer(tmp_path, **kwargs)
+    kept = EnvEvaluationCallback(TextNumberLine, eval_steps=3, episodes=2, max_completion_length=3)
+    again = make_trainer(tmp_path, callbacks=[kept], **kwargs)
     with torch.no_grad():
         for parameter in again.model.parameters():
             parameter.add_(0.01)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
+    again.train(resume_from_checkpoint=checkpoint(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3 and kept.history == callbacks[0].history
+    kept.restore_best(again.model)
     for (name, a), b in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-best")
     longer = make_trainer(tmp_path, **{**kwargs, "max_steps": 5})
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 5
+
+
+@pytest.mark.parametrize("first", [{"max_steps": -1, "num_train_epochs": 0.5}, {"max_steps": 2}])
+def test_more_epochs_are_trained(tmp_path, first):
+    run = {"dataset": text_number_line(), "env": None, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, **run, **first).train()
+    longer = make_trainer(tmp_path, **run, max_steps=-1, num_train_epochs=1)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.epoch == 1 and longer.state.global_step > 2
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    trainer = make_trainer(tmp_path, dataset=text_number_line(), env=None, save_strategy="steps", save_steps=6)
+    trainer.train()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match=f"no whole checkpoint in {tmp_path}"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_a_run_without_a_checkpoint_finds_its_rounds_again(tmp_path, monkeypatch):
@@ -441,10 +462,50 @@ def test_an_interrupted_round_is_filled_up(tmp_path, monkeypatch):
     assert step_logs(trainer)[-1]["env_turns"] == sum(len(episode.turns) for episode in episodes)
 
 
-def test_the_play_of_another_run_is_not_taken(tmp_path):
-    make_trainer(tmp_path, max_steps=1).train()
-    with pytest.raises(ValueError, match="a run with other arguments collected"):
-        make_trainer(tmp_path, max_steps=1, gamma=0.5).train()
+def other_weights(trainer):
+    with torch.no_grad():
+        trainer.model.pretrained_model.get_output_embeddings().weight.add_(0.01)
+
+
+class Scaled(gymnasium.RewardWrapper):
+    def __init__(self, by=1.0):
+        super().__init__(TextNumberLine())
+        self.by = by
+
+    def reward(self, reward):
+        return self.by * reward
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "change"),
+    [
+        ({"gamma": 0.5}, None),
+        ({}, other_weights),  # another model, one that has been trained since, or a second `train`
+        ({"env": functools.partial(Scaled, by=2.0)}, None),
+        ({"env": lambda: Scaled(2.0)}, None),
+        ({"init": {"agent_format": PlainFormat(history=1)}}, None),
+    ],
+)
+def test_the_play_of_another_run_is_not_taken(tmp_path, kwargs, change):
+    env = (lambda: Scaled(1.0)) if callable(kwargs.get("env")) else TextNumberLine
+    env = functools.partial(Scaled, by=1.0) if isinstance(kwargs.get("env"), functools.partial) else env
+    make_trainer(tmp_path, env=env, max_steps=1).train()
+    other = make_trainer(tmp_path, **{"env": env, "max_steps": 1, **kwargs})
+    if change is not None:
+        change(other)
+    with pytest.raises(ValueError, match="another model or another environment collected"):
+        other.train()
+    make_trainer(tmp_path, env=env, max_steps=1).train()  # the same is
+
+
+def test_what_tells_factories_apart_is_the_same_in_another_process():
+    def factory(by):
+        return lambda: Scaled(by)
+
+    assert identity(factory(1.0)) == identity(factory(1.0)) != identity(factory(2.0))
+    assert identity(CallableFormat(parse_fn=str.strip)) == identity(CallableFormat(parse_fn=str.strip))
+    assert identity(functools.partial(Scaled, env=object())) == identity(functools.partial(Scaled, env=object()))
+    assert identity(Scaled) != identity(TextNumberLine)
 
 
 # ---- what goes wrong ----

@@ -525,6 +525,45 @@ def test_a_users_optimizer_and_scheduler(tmp_path):
     assert all(not torch.equal(v, before[k]) for k, v in weights_of(learns).items() if "critic.online" in k)
 
 
+def test_an_optimizer_that_would_leave_the_model_as_it_is(tmp_path):
+    """The adapter is made by the trainer, after the optimiser."""
+    model, processor = tiny_models.build("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="The optimiser has none of the model's trainable weights"):
+        VLMQTrainer(
+            model,
+            config(tmp_path, max_steps=2),
+            text_number_line(),
+            processing_class=processor,
+            optimizers=(optimizer, None),
+            peft_config=LoraConfig(target_modules=["q_proj"], r=2),
+        )
+
+
+def test_a_frozen_model_is_refused(tmp_path):
+    model, processor = tiny_models.build("llama")
+    frozen = AutoModelForImageTextToTextWithValueHead(model.requires_grad_(False))  # as of `is_trainable=False`
+    with pytest.raises(ValueError, match="No weight of the model is trainable"):
+        VLMQTrainer(frozen, config(tmp_path), text_number_line(), processing_class=processor)
+
+
+def test_the_users_arguments_stay_as_they_are(tmp_path):
+    """They may be those of the next run, too."""
+    model, processor = tiny_models.build("llama")
+    args = config(tmp_path, max_steps=-1, max_env_turns=40, turns_per_round=20, updates_per_turn=0.1)
+    before = args.to_dict()
+    trainer = VLMQTrainer(model, args, env=TextNumberLine, processing_class=processor)
+    assert trainer.args.max_steps == 4 and args.to_dict() == before
+
+
+def test_the_rate_falls_on_a_plateau_of_the_loss(tmp_path):
+    data = text_number_line()
+    run = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path, name="llama", dataset=data, init={"eval_dataset": data}, **run)
+    trainer.train()
+    assert trainer.args.metric_for_best_model == "loss" and trainer.lr_scheduler.best < float("inf")
+
+
 def test_an_optimizer_class(tmp_path):
     trainer = make_trainer(
         tmp_path,

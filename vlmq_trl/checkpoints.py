@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
@@ -39,8 +40,10 @@ def newest_checkpoint(output_dir: str | os.PathLike) -> str | None:
         return True
 
     found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    folders = [state.parent for state in found if whole(state)]
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+    numbered = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")  # and not a copy that somebody keeps beside them
+    steps = {state.parent: numbered.fullmatch(state.parent.name) for state in found if whole(state)}
+    folders = {folder: int(step[1]) for folder, step in steps.items() if step}
+    return str(max(folders, key=lambda folder: folders[folder])) if folders else None
 
 
 def load_weights(model: AutoModelForImageTextToTextWithValueHead, folder: str) -> None:
@@ -66,8 +69,6 @@ def load_weights(model: AutoModelForImageTextToTextWithValueHead, folder: str) -
 
 
 def _load_adapter(model: PeftModel, folder: str) -> None:
-    named = Path(folder) / model.active_adapter  # where PEFT saves any adapter but "default"
-    folder = str(named) if named.is_dir() else folder
     require_adapter_weights(folder)
     loaded = load_peft_weights(folder, device="cpu")
     with gathered([p for p in model.parameters() if p.requires_grad], write=True):

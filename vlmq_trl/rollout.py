@@ -208,7 +208,7 @@ class Rollouts:
         max_env_failures: int = 0,
     ):
         _check_arguments(agent_format, num_envs, seed, max_turns, max_env_failures)
-        self.name = _env_name(env)
+        self.env, self.name = env, _env_name(env)
         self._prefix = self.name if id_prefix is None else id_prefix
         self._seed, self._max_turns, self._max_failures = seed, max_turns, max_env_failures
         self._pool = EnvPool(env, env_kwargs, num_envs=num_envs, workers=workers, env_timeout=env_timeout)

@@ -163,7 +163,7 @@ class VLMQConfig(SFTConfig):
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
     > - `max_length`: `None` instead of `1024`. A row that is too long is an error, since its end carries the reward.
-    > - `metric_for_best_model`: `"success_rate"` instead of `None`; without an environment to play, no metric.
+    > - `metric_for_best_model`: `"success_rate"` instead of `None`; without an environment to play, as there.
     """
 
     # Returns

@@ -6,10 +6,12 @@ Reads top to bottom: construction, data, the loss, what happens after each updat
 Axes: A action tokens of a batch (row by row, in order).
 """
 
+import copy
 import functools
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -38,7 +40,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
@@ -151,6 +153,7 @@ class VLMQTrainer(SFTTrainer):
             args = VLMQConfig(f"{name.split('/')[-1]}-VLMQ")
         elif not isinstance(args, VLMQConfig):
             raise TypeError(f"`args` must be a `VLMQConfig`, got `{type(args).__name__}`.")
+        args = copy.copy(args)  # some fields are set below; the user's may be those of another run, too
         check_format(agent_format)
         if train_dataset is None and env is None:
             raise ValueError(
@@ -182,8 +185,9 @@ class VLMQTrainer(SFTTrainer):
                     "`metric_for_best_model='success_rate'` needs an `eval_env`. Give one, or choose a metric of the "
                     "`eval_dataset`, such as 'loss'."
                 )
-            args.metric_for_best_model = None
-
+            # Which needs a metric, as in `Trainer`.
+            plateau = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+            args.metric_for_best_model, args.greater_is_better = ("loss", False) if plateau else (None, None)
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # the target heads are buffers, and every process computes the same
         init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}
@@ -263,6 +267,11 @@ class VLMQTrainer(SFTTrainer):
         return found
 
     def _wrap_with_critic(self, source: Any, known: CriticConfig | None, hub_kwargs: dict[str, Any]) -> None:
+        if not any(p.requires_grad for p in self.model.parameters()):  # the critic alone would learn, and nothing show
+            raise ValueError(
+                "No weight of the model is trainable. Open it with `is_trainable=True`, give a `peft_config`, or set "
+                "`requires_grad_(True)` on what shall learn."
+            )
         wrapped = AutoModelForImageTextToTextWithValueHead(self.model, known or self.args.critic_config())
         if isinstance(source, AutoModelForImageTextToTextWithValueHead):
             # The user's own, not a copy: an optimiser may hold its weights.
@@ -289,6 +298,12 @@ class VLMQTrainer(SFTTrainer):
     def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Gives the critic's heads to a user's optimiser that does not have them."""
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in self.model.pretrained_model.parameters() if p.requires_grad):
+            raise ValueError(
+                "The optimiser has none of the model's trainable weights, those of an adapter that was added here for "
+                "instance. Make the model as it shall train (`get_peft_model`) first and the optimiser of it, or "
+                "choose one by `optimizer_cls_and_kwargs`."
+            )
         heads = [p for p in self.model.critic.online.parameters() if id(p) not in known]
         if not heads:
             return
@@ -395,11 +410,23 @@ class VLMQTrainer(SFTTrainer):
         ]
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the newest checkpoint that is whole. From a
-        checkpoint at the end of training it restores the model, where `Trainer` would go on by a step."""
+        checkpoint at the end of training it restores the model, where `Trainer` would go on by a step.
+
+        Raises:
+            ValueError: there is no whole checkpoint to resume from; or a run that starts anew finds the play of
+                another run in its replay buffer.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no whole checkpoint in {self.args.output_dir} to resume from (one without a readable "
+                    f"{TRAINER_STATE_NAME} was interrupted). Leave `resume_from_checkpoint` out to start anew."
+                )
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if isinstance(resume_from_checkpoint, str) and self._restore_finished(resume_from_checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
         try:
@@ -414,13 +441,16 @@ class VLMQTrainer(SFTTrainer):
         if not path.is_file():
             return False
         state, args = TrainerState.load_from_json(str(path)), self.args
-        more_epochs = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
+        more_epochs = args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0.0) + 1e-6
         if state.global_step < (args.max_steps if args.max_steps > 0 else state.max_steps) or more_epochs:
             return False
         self.state = state
         self._load_from_checkpoint(checkpoint)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
+        # Those that keep something of a run take it from the checkpoint.
+        self.control = self.callback_handler.on_train_begin(args, state, self.control)
+        self.control = self.callback_handler.on_train_end(args, state, self.control)
         return True
 
     def _save_before_stopping(self) -> None:

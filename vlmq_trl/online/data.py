@@ -2,14 +2,18 @@
 """Rounds of play in turn with updates: with which policy, into which buffer, and what a batch draws from it."""
 
 import hashlib
+import inspect
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..collator import segment_items
@@ -24,6 +28,8 @@ from .schedule import Schedule, exploration, online_fraction
 COMMIT_SECONDS = 10.0
 # Priority of a turn that went no better than expected, in standard deviations of the targets.
 LEAST_PRIORITY = 0.01
+# Numbers of each trainable tensor that tell one model from another.
+WEIGHT_SAMPLES = 256
 
 
 class OnlineData:
@@ -62,7 +68,7 @@ class OnlineData:
         self.round = 0  # of which the learner has the data
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
         self.priorities = Priorities() if args.replay_prioritized_fraction else None
-        self.run = fingerprint(args, rollouts, buffer, self.num_processes)
+        self.run = int(buffer.counters.get("run", 0))  # whose play it is
         self._failures_before = int(buffer.counters.get("env_failures", 0))
         self._counts: dict[str, int] | None = None  # of all processes, when they last counted
 
@@ -105,11 +111,14 @@ class OnlineData:
 
         A run that was killed before its first checkpoint goes on: the same arguments lead to the same rounds.
         """
-        if self.own_turns and self.buffer.counters.get("run") != self.run:
+        run = fingerprint(self)
+        if self.own_turns and run != self.run:
             raise ValueError(
-                f"{self.buffer.folder} holds {self.own_turns} turns that a run with other arguments collected. Resume "
-                "that run (`resume_from_checkpoint=True`), choose another `replay_dir`, or remove the folder."
+                f"{self.buffer.folder} holds {self.own_turns} turns that a run with other arguments, another model or "
+                "another environment collected. Resume that run (`resume_from_checkpoint=True`), choose another "
+                "`replay_dir`, or remove the folder."
             )
+        self.run = run
 
     def advance(self, update: int) -> None:
         """Sees to it that the buffer has every round that is due before this update."""
@@ -308,13 +317,47 @@ def measure(round: int, parts: Sequence[Played]) -> dict[str, float]:
     return logs
 
 
-def fingerprint(args: VLMQConfig, rollouts: Rollouts, buffer: ReplayBuffer, num_processes: int = 1) -> int:
-    """Equal for two runs that, started anew, would collect the same."""
+def fingerprint(data: OnlineData) -> int:
+    """Equal for two runs that, started anew, would collect the same; taken before the first update."""
     decisive = [
         *(name for name in VLMQConfig.__annotations__ if not name.startswith(("eval_", "replay_dir", "record_"))),
         *("seed", "data_seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("max_steps", "max_grad_norm", "lr_scheduler_type", "weight_decay"),
     ]
-    facts = [repr(getattr(args, name)) for name in decisive]
-    facts += [rollouts.name, str(buffer.num_offline), *([str(num_processes)] if num_processes > 1 else [])]
+    facts = [repr(getattr(data.args, name)) for name in decisive]
+    facts += [identity(part) for part in (data.rollouts.env, data.rollouts.agent_format, data.policy)]
+    facts += [str(data.buffer.num_offline), str(data.num_processes), *_samples_of_weights(data.model)]
     return int.from_bytes(hashlib.sha256("\n".join(facts).encode()).digest()[:6], "big")
+
+
+def identity(part: Any) -> str:
+    """What tells an environment's factory, a format or a policy from another, and is the same in a later process: of
+    functions and classes the source, of objects what they hold."""
+    if isinstance(part, partial):
+        return f"{identity(part.func)} {_without_addresses(part.args)} {_without_addresses(part.keywords)}"
+    if inspect.isfunction(part) or inspect.isclass(part):
+        try:
+            source = inspect.getsource(part)
+        except (OSError, TypeError):  # typed in a console
+            source = part.__qualname__
+        enclosed = inspect.getclosurevars(part).nonlocals if inspect.isfunction(part) else {}
+        return f"{source} {_without_addresses(enclosed)}"
+    held = {
+        name: identity(x) if callable(x) else _without_addresses(x)
+        for name, x in getattr(part, "__dict__", {}).items()
+    }
+    return f"{type(part).__qualname__} {held or _without_addresses(part)}"
+
+
+def _without_addresses(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _samples_of_weights(model: Any) -> Iterator[str]:
+    """A few numbers of each trainable tensor, of this process's part where weights are split."""
+    for name, p in model.named_parameters() if hasattr(model, "named_parameters") else ():
+        if p.requires_grad:
+            own = getattr(p, "ds_tensor", p).detach()
+            own = (own.to_local() if isinstance(own, DTensor) else own).reshape(-1)
+            sample = own[:: max(1, len(own) // WEIGHT_SAMPLES)].float().cpu()
+            yield f"{name} {tuple(p.shape)} {hashlib.sha256(sample.numpy().tobytes()).hexdigest()}"
