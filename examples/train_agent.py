@@ -79,8 +79,9 @@ from vlmq_trl import (
 from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvSpec, make_env
 from vlmq_trl.envs import DOMAINS
-from vlmq_trl.modeling import load_pretrained
+from vlmq_trl.modeling import existing, load_pretrained
 from vlmq_trl.show import env_option
+from vlmq_trl.trajectory.files import trajectory_files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,7 +101,6 @@ LEAST = {
 
 # Defaults of this script where they differ from TRL's; the command line and the YAML file override them.
 DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/agent",
     "eval_steps": 50,
     "save_strategy": "steps",
     "save_steps": 100,
@@ -209,6 +209,11 @@ class AgentArguments:
         if not self.method or len(set(self.method)) != len(self.method):
             raise ValueError(f"`method` is {self.method}; name one or several different methods.")
         make_demonstrator(self.env_id, self.policy)  # raises for a policy that it does not know
+        if self.env_kwargs:
+            try:
+                make_env(self.env).close()
+            except Exception as error:
+                raise ValueError(f"`env_options` {' '.join(self.env_options)}: {error}") from error
         if self.sampled_test_episodes is None:
             self.sampled_test_episodes = self.test_episodes
         for name, least in LEAST.items():
@@ -221,8 +226,11 @@ class AgentArguments:
             raise ValueError(f"`top_fraction` is {self.top_fraction}; it must lie in (0, 1].")
         if not self.with_data and (not self.online or self.method != ["vlmq"]):
             raise ValueError("`episodes` is 0: only `--online` and `--method vlmq` can do without data.")
-        if self.dataset_path is not None and not Path(self.dataset_path).exists():
-            raise ValueError(f"`dataset_path`: there is nothing at {self.dataset_path}.")
+        if self.dataset_path is not None:
+            try:
+                trajectory_files(self.dataset_path)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"`dataset_path`: {error}") from error
 
     @property
     def env(self) -> EnvSpec:
@@ -267,15 +275,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
             parser.error(str(error))
 
     script, args, model_config = once(defaults)
-    special: dict[str, Any] = {}
+    # A folder for each environment: another one's results are not in the way.
+    name = re.sub(r"-v\d+$", "", re.split("[/:]", script.env_id)[-1])
+    special: dict[str, Any] = {"output_dir": f"runs/{name}"}
     if any(domain.heavy and script.registered_id in domain.envs for domain in DOMAINS):
         special |= HEAVY_DEFAULTS
     if model_config.model_name_or_path is None:
         # A budget of turns says itself how many updates there are.
         budget = {"max_steps": -1} if script.online and args.max_env_turns is not None else {}
         special |= EMBEDDED_DEFAULTS | budget
-    if special:
-        script, args, model_config = once({**defaults, **special})
+    script, args, model_config = once({**defaults, **special})
     args.eval_strategy = "no"  # the callback evaluates, for every method alike
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
@@ -331,9 +340,11 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
             "`off_policy_trace` 'retrace' needs the behaviour's log-probabilities, which scripted players do not "
             "have. Choose 'tree_backup', or give a `dataset_path` with `behavior_logprobs`."
         )
-    name = model_config.model_name_or_path
-    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise ValueError(f"`model_name_or_path`: there is no folder {name}.")
+    if model_config.model_name_or_path is not None:
+        try:
+            existing(model_config.model_name_or_path)
+        except (OSError, TypeError) as error:
+            raise ValueError(f"`model_name_or_path`: {error}") from error
 
 
 def check_data(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConfig) -> None:
@@ -369,7 +380,7 @@ def earlier_results(
     whether the run that wrote it was interrupted, so that this one goes on with it.
 
     Raises:
-        SystemExit: another run was interrupted there, and its checkpoints would be lost.
+        SystemExit: another run's results, models or checkpoints would be lost.
     """
     path = output / "results.json"
     found = json.loads(path.read_text()) if path.is_file() else {"methods": {}, "arguments": {}}
@@ -384,13 +395,16 @@ def earlier_results(
     if not differing and set(script.method) <= set(found["methods"]):
         remove_checkpoints(output)  # of a run that was killed at its very end
     goes_on = not differing and not set(script.method) <= set(found["methods"])
-    if any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) and not goes_on:
+    another = bool(set(differing) - {"method"})
+    lost = [f"the results of {', '.join(found['methods'])}"] if another and found["methods"] else []
+    lost += ["checkpoints"] if not goes_on and any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) else []
+    if lost:
         names = ", ".join(f"`{name}`" for name in differing[:3])
         raise SystemExit(
-            f"{output} holds checkpoints of a run with another {names}: give it the same arguments to go on with it, "
-            "choose another `--output_dir`, or remove it."
+            f"{output} holds {' and '.join(lost)} of a run with another {names}: give it the same arguments to go on "
+            "with it, or to add a `--method`; choose another `--output_dir`, or remove it, to start over."
         )
-    return ({} if set(differing) - {"method"} else found), goes_on
+    return ({} if another else found), goes_on
 
 
 def all_arguments(script: AgentArguments, args: VLMQConfig, model_config: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from tests import small_runs, tiny_models
 from tests.small_runs import NUMBER_LINE
 from vlmq_trl import (
+    AgentFormat,
     AutoModelForImageTextToTextWithValueHead,
     CallableFormat,
     VLMAgent,
@@ -79,23 +80,65 @@ def test_the_card_is_json_and_is_checked(trained, tmp_path):
     card = json.loads((folder / "agent.json").read_text())
     assert card["env_id"] == NUMBER_LINE and card["agent_format"]["name"] == "json_cot"
     for text in ("[]", "{", '{"agent_format": {"name": "telepathy"}}', '{"agent_format": {"colour": "red"}}'):
+        (tmp_path / "config.json").write_text("{}")
         (tmp_path / "agent.json").write_text(text)
         with pytest.raises(ValueError, match="is not an agent's card"):
             VLMAgent.from_pretrained(tmp_path)
 
 
 def test_functions_of_ones_own_are_asked_for(tmp_path, seen):
+    """They are not saved, and the environment's own format is not what the model has learned."""
     trainer = train(tmp_path)
-    trainer.agent_format, trainer.eval_env = CallableFormat(parse_fn=str.strip), lambda: gymnasium.make(NUMBER_LINE)
-    trainer.__dict__.pop("_agent_card")
-    trainer.save_model()
-    agent = VLMAgent.from_pretrained(tmp_path / "agent")
-    with pytest.raises(ValueError, match="Give `agent_format`"):
-        agent.act(*seen)
+    own = CallableFormat(parse_fn=lambda text: "+")
+    for env in (NUMBER_LINE, lambda: gymnasium.make(NUMBER_LINE)):
+        trainer.agent_format, trainer.eval_env = own, env
+        trainer.__dict__.pop("_agent_card")
+        trainer.save_model()
+        assert json.loads((tmp_path / "agent" / "agent.json").read_text())["agent_format"] == {"name": "custom"}
+        agent = VLMAgent.from_pretrained(tmp_path / "agent", env=None if env is NUMBER_LINE else env)
+        for ask, given in ((agent.act, seen), (agent.play, ()), (agent.token_values, (seen[0], "+", seen[1]))):
+            with pytest.raises(ValueError, match=r"functions of your own.* Give `agent_format`"):
+                ask(*given)
+        (episode,) = agent.play(agent_format=own, max_turns=1)
+        assert episode.turns[0].action == "+"
+        agent.agent_format = own
+        assert agent.act(*seen).action == "+" and agent.token_values(seen[0], "+", seen[1])
     with pytest.raises(ValueError, match="Give `env`"):
-        agent.play()
-    mine = VLMAgent.from_pretrained(tmp_path / "agent", agent_format=CallableFormat(parse_fn=lambda text: "+"))
+        VLMAgent.from_pretrained(tmp_path / "agent").play()
+    mine = VLMAgent.from_pretrained(tmp_path / "agent", agent_format=own)
     assert mine.act(*seen).action == "+"
+
+
+def test_acting_leaves_other_environments_their_own_format(trained, seen):
+    """NumberLine's format, found for `act`, is not the one that Blackjack is played in."""
+    trainer, _ = trained
+    agent = VLMAgent(trainer.model.pretrained_model, trainer.processing_class, env=NUMBER_LINE)
+
+    def asked():
+        (episode,) = agent.play("vlmq_trl/Blackjack-v0", max_turns=1)
+        return episode.turns[0].prompt
+
+    before = asked()
+    agent.act(*seen)
+    assert asked() == before and agent.agent_format is None
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_a_name_that_is_none(name):
+    with pytest.raises(TypeError, match="A model's name is that of a folder, or of a repository on the Hub; got"):
+        VLMAgent.from_pretrained(name)
+
+
+def test_a_format_that_gives_no_action(trained, seen):
+    trainer, _ = trained
+
+    class Broken(AgentFormat):
+        def parse(self, response):
+            return response
+
+    agent = VLMAgent(trainer.model.pretrained_model, trainer.processing_class, Broken())
+    with pytest.raises(TypeError, match=r"Broken\.parse gave '"):
+        agent.act(*seen)
 
 
 def test_without_a_critic_there_are_no_values(trained, seen):
@@ -103,6 +146,9 @@ def test_without_a_critic_there_are_no_values(trained, seen):
     agent = VLMAgent(trainer.model.pretrained_model, trainer.processing_class, env=NUMBER_LINE)
     with pytest.raises(ValueError, match="There is no critic beside this model"):
         agent.token_values(seen[0], "+", seen[1])
+    scored = VLMAgent(trainer.model, trainer.processing_class, env=NUMBER_LINE)
+    with pytest.raises(TypeError, match=r"A response must be a string, such as `Answer\.response`, got None"):
+        scored.token_values(seen[0], None, seen[1])
     with pytest.raises(ValueError, match="`best_of=3`: it must be at least 1, and above 1 it needs a critic"):
         agent.act(*seen, best_of=3)
 

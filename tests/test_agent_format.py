@@ -17,9 +17,11 @@ from vlmq_trl.agent_format import (
     JSONFormat,
     ParsedAction,
     PlainFormat,
+    action_of,
     default_format,
     make_format,
     parse_json_action,
+    prompt_of,
 )
 
 IMAGE = np.zeros((4, 6, 3), dtype=np.uint8)
@@ -184,12 +186,23 @@ def test_text_only_prompt():
         (IMAGE, TypeError, "must be a mapping"),
         ({"image": IMAGE.astype(float)}, TypeError, r"uint8 of shape \[H, W, 3\], got float64"),
         ({"image": IMAGE[..., 0]}, TypeError, r"got uint8 of shape \[4, 6\]"),
-        ({}, ValueError, "neither 'image' nor 'text'"),
+        ({"text": b"left"}, TypeError, "observation\\['text'\\] must be a string, got bytes"),
+        ({}, ValueError, "neither 'image' nor 'text'; its keys are \\[\\]"),
+        ({"rgb": IMAGE}, ValueError, "neither 'image' nor 'text'; its keys are \\['rgb'\\]"),
+        ({"image": None, "text": None}, ValueError, "neither 'image' nor 'text'"),
     ],
 )
 def test_bad_observations(observation, error, words):
+    """A task's text does not make up for them: the agent would play blind."""
     with pytest.raises(error, match=words):
-        PlainFormat().build_prompt("", observation)
+        PlainFormat().build_prompt("Play.", observation)
+
+
+def test_an_observation_may_say_nothing():
+    messages, _ = PlainFormat().build_prompt("Play.", {"text": ""})
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "Play."}]}]
+    with pytest.raises(ValueError, match="Nothing to show the agent"):
+        PlainFormat().build_prompt("", {"text": ""})
 
 
 def test_make_format():
@@ -200,6 +213,9 @@ def test_make_format():
         make_format("xml")
     with pytest.raises(ValueError, match="history must be >= 0"):
         make_format("plain", history=-1)
+    for history in ("2", 1.5, None):
+        with pytest.raises(TypeError, match="history must be a whole number of turns, got"):
+            make_format("plain", history=history)
 
 
 def test_default_format_follows_the_environment():
@@ -287,3 +303,35 @@ def test_the_new_action_is_read_back(response, action):
     render = CallableFormat(parse_fn=lambda text: text[1:], render_fn=lambda action, reading, thoughts: "!" + action)
     for fmt in (PlainFormat(), JSONFormat(), JSONCoTFormat(), CallableFormat(base=JSONFormat()), render):
         assert fmt.parse(fmt.replace_action(response, action)) == ParsedAction(action, True)
+
+
+# ---- formats of a user's own ----
+
+
+@pytest.mark.parametrize("parsed", [None, "left", ("left", True), ParsedAction(3, True)])
+def test_a_format_that_gives_something_else_than_an_action(parsed):
+    class Own(AgentFormat):
+        def parse(self, response):
+            return parsed
+
+    with pytest.raises(TypeError, match=r"method Own\.parse gave .* It must give a ParsedAction for any text"):
+        action_of(Own(), "go")
+
+
+def test_a_format_that_raises():
+    class Own(AgentFormat):
+        def parse(self, response):
+            return ParsedAction(response.split(":")[1], True)
+
+    assert action_of(Own(), "action:left") == ParsedAction("left", True)
+    with pytest.raises(
+        RuntimeError, match=r"Own\.parse raised IndexError: .*, given 'go'\. It must give a ParsedAction"
+    ):
+        action_of(Own(), "go")
+
+
+@pytest.mark.parametrize("made", [[], [{"role": "user"}] * 2, ("Go", []), None, ([], [], [])])
+def test_a_format_that_gives_no_messages_and_images(made):
+    fmt = CallableFormat(prompt_fn=lambda task, observation, history: made)
+    with pytest.raises(TypeError, match=r"method CallableFormat\.build_prompt gave .* It must give two lists"):
+        prompt_of(fmt, "Play.", {})

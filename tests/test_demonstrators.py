@@ -296,6 +296,14 @@ def test_the_wrong_environment():
         make_demonstrator("vlmq_trl/NumberLine-v0", "expert")(env, np.random.default_rng(0))
 
 
+def test_a_function_instead_of_an_id():
+    env = EZPoints()
+    env.reset(seed=0, options={"cards": ["5", "7"]})
+    assert make_demonstrator(EZPoints, "expert")(env, np.random.default_rng(0)).action == "5"
+    with pytest.raises(TypeError, match="no demonstrator for a EZPoints; give a Gymnasium id, or a function that"):
+        make_demonstrator(env, "expert")
+
+
 def test_an_environment_without_a_script():
     env = gymnasium.make("CartPole-v1")
     env.reset(seed=0)

@@ -93,6 +93,13 @@ def test_the_own_environment_of_the_page_plays(tmp_path):
     assert len(vlmq_trl.validate_trajectories(page.play)) == 3
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_data_of_a_chosen_format_is_evaluated_in_it(page):
+    text = page.read_text()
+    if "agent_format=agent_format)" in text:  # the call that plays
+        assert not re.findall(r"`eval_env=\w+(?!\w|, agent_format=agent_format)", text)
+
+
 def test_the_readmes_script_runs(tmp_path):
     """As it stands, but for a tiny random model and less of everything."""
     model, processor = tiny_models.build("idefics3")

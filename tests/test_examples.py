@@ -189,7 +189,7 @@ def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, mo
     assert [path.name for path in (tmp_path / "run").glob("*/checkpoint-*")] == ["checkpoint-2"]
 
     other = flags(**{**arguments, "learning_rate": 5e-4}, output_dir=tmp_path / "run")
-    with pytest.raises(SystemExit, match="holds checkpoints of a run with another `learning_rate`"):
+    with pytest.raises(SystemExit, match="results of sft and checkpoints of a run with another `learning_rate`"):
         train_agent.main(other)
 
     tests = []
@@ -283,12 +283,18 @@ def test_a_budget_of_turns_says_how_long_training_is():
     assert args.max_steps == 600
 
 
-def test_another_models_run_is_not_gone_on_with(model_name, tmp_path):
+def test_another_models_run_is_neither_gone_on_with_nor_lost(model_name, tmp_path):
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "disable_tqdm": True, "output_dir": tmp_path}
     lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
     train_agent.main(flags(**arguments, **lora, model_name_or_path=model_name, method="sft"))
-    other = flags(**arguments, **lora, lora_r=4, model_name_or_path=model_name, method="vlmq")
-    assert list(train_agent.main(other)["methods"]) == ["vlmq"]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*") if path.is_file()}
+    for method in ("sft", "vlmq"):
+        other = flags(**arguments, **lora, lora_r=4, model_name_or_path=model_name, method=method)
+        with pytest.raises(
+            SystemExit, match=r"results of sft of a run with another `lora_r`.* choose another `--output"
+        ):
+            train_agent.main(other)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("**/*") if path.is_file()} == files
 
 
 def test_another_method_into_the_same_folder_keeps_the_first_ones_results(model_name, tmp_path):
@@ -297,8 +303,8 @@ def test_another_method_into_the_same_folder_keeps_the_first_ones_results(model_
     results = train_agent.main(flags(**arguments, model_name_or_path=model_name, method="filtered_bc"))
     assert list(results["methods"]) == ["sft", "filtered_bc"]
     changed = {**arguments, "episodes": 13}
-    results = train_agent.main(flags(**changed, model_name_or_path=model_name, method="filtered_bc"))
-    assert list(results["methods"]) == ["filtered_bc"]
+    with pytest.raises(SystemExit, match="holds the results of sft, filtered_bc of a run with another `episodes`"):
+        train_agent.main(flags(**changed, model_name_or_path=model_name, method="filtered_bc"))
 
 
 @pytest.mark.parametrize(
@@ -362,6 +368,10 @@ def test_few_browsers_at_once(model_name):
         (["--game", "EZPoints", "--env_id", "vlmq_trl/Blackjack-v0"], "`game` EZPoints is short for an `env_id`"),
         (["--env_id", "vlmq_trl/Chess-v0"], "no demonstrator for 'vlmq_trl/Chess-v0', which is not registered"),
         (["--env_options", "max_turns"], "an option of the environment is of the form key=value, not 'max_turns'"),
+        (
+            ["--env_options", "foo=1"],
+            "`env_options` foo=1: TextActionEnv.__init__() got an unexpected keyword argument",
+        ),
         (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
         (["--method", "sft", "sft"], "name one or several different methods"),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
@@ -381,11 +391,14 @@ def test_few_browsers_at_once(model_name):
         (["--off_policy_trace", "retrace"], "scripted players do not have. Choose 'tree_backup'"),
         (["--save_strategy", "best"], "keeps each method's best weights by success itself"),
         (["--resume_from_checkpoint", "nope"], "the same command with the same `output_dir` goes on by itself"),
-        (["--model_name_or_path", "/nope/x"], "`model_name_or_path`: there is no folder /nope/x"),
+        (["--model_name_or_path", "/nope/x"], "`model_name_or_path`: There is no folder /nope/x"),
+        (["--model_name_or_path", str(ROOT / "docs")], "docs holds no model, neither config.json nor"),
+        (["--model_name_or_path", __file__], "test_examples.py is a file; give the folder"),
         (["--config"], "`--config` needs the name of a YAML file"),
         (["--episodes", "many"], "--episodes: invalid int value: 'many'"),
         (["--top_fraction", "2"], "`top_fraction` is 2.0; it must lie in (0, 1]"),
-        (["--dataset_path", "/nowhere"], "`dataset_path`: there is nothing at /nowhere"),
+        (["--dataset_path", "/nowhere"], "`dataset_path`: No trajectories at /nowhere"),
+        (["--dataset_path", __file__], "test_examples.py: neither a dataset saved by save_trajectories nor parquet"),
         (["--gamma", "1.5"], "`gamma=1.5`: it must lie in [0, 1]"),
         (["--eval_steps", "0.5"], "`eval_steps` is 0.5; it must be a whole number of optimiser steps"),
         (["--test_seed", "1000100"], "`eval_seed` 1000000 and its 200 episodes run into `test_seed` 1000100"),

@@ -226,8 +226,17 @@ def test_an_adapter_without_a_base_model(adapter):
         ValueHeadModel.from_pretrained(adapter / "adapter")
 
 
+def test_an_adapter_whose_base_model_is_gone(adapter):
+    (adapter / "base").rename(adapter / "moved")
+    for call in (load_pretrained, ValueHeadModel.from_pretrained):
+        with pytest.raises(
+            OSError, match=r"cannot be opened without its base model\. There is no folder .*/base\. Put"
+        ):
+            call(adapter / "adapter")
+
+
 def test_a_named_adapter_resumes(tmp_path):
-    """PEFT saves any adapter but "default" in a folder of its own."""
+    """PEFT would save any adapter but "default" in a folder of its own."""
 
     def trainer(steps):
         model, processor = tiny_models.build("idefics3")

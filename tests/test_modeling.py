@@ -26,7 +26,7 @@ from vlmq_trl.collator import VLMQDataCollator
 from vlmq_trl.critic import CriticConfig
 from vlmq_trl.losses import denormalize
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead as ValueHeadModel
-from vlmq_trl.modeling import LogitTransform, has_critic
+from vlmq_trl.modeling import LogitTransform, has_critic, load_pretrained
 
 FAMILIES = [*tiny_models.VLM_NAMES, *tiny_models.TEXT_NAMES]
 SCALAR = CriticConfig("scalar", num_critics=2, critic_hidden_size=8)
@@ -660,6 +660,29 @@ def test_missing_critic_weights(saved):
     (saved / "critic.safetensors").unlink()
     with pytest.raises(OSError, match=r"critic\.safetensors"):
         ValueHeadModel.from_pretrained(saved)
+
+
+def test_critic_weights_alone(saved):
+    """Opened without a critic, the next save would leave it behind."""
+    (saved / "critic_config.json").unlink()
+    for call in (lambda: has_critic(saved), lambda: ValueHeadModel.from_pretrained(saved, critic_config=SCALAR)):
+        with pytest.raises(OSError, match=r"half a critic: critic\.safetensors without critic_config\.json"):
+            call()
+
+
+def test_names_of_no_model(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, error, words in (
+        (tmp_path / "nowhere", OSError, "There is no folder .*nowhere"),
+        ("./nowhere", OSError, "There is no folder ./nowhere"),
+        (tmp_path / "empty", OSError, "empty holds no model, neither config.json nor adapter_config.json"),
+        (saved / "config.json", OSError, "is a file; give the folder"),
+        (None, TypeError, "that of a folder, or of a repository on the Hub; got None"),
+        ("", TypeError, "that of a folder, or of a repository on the Hub; got ''"),
+    ):
+        for call in (load_pretrained, ValueHeadModel.from_pretrained):
+            with pytest.raises(error, match=words):
+                call(name)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import functools
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -20,7 +21,7 @@ from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, t
 from vlmq_trl import EnvEvaluationCallback, losses
 from vlmq_trl.agent_format import CallableFormat, PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
-from vlmq_trl.online import Schedule
+from vlmq_trl.online import OnlineData, Schedule
 from vlmq_trl.online.asynchronous import changing, copy_of_policy
 from vlmq_trl.online.data import LEAST_PRIORITY, identity
 from vlmq_trl.online.schedule import exploration, online_fraction
@@ -362,14 +363,46 @@ def test_exploration_that_ends(tmp_path):
     assert len(rates) >= 2 and rates[0] == 1 and rates[-1] == 0
 
 
+class TwoDoors(gymnasium.Env):
+    """Whatever the agent does, odd seeds give 1, even ones 0."""
+
+    observation_space = gymnasium.spaces.Dict({"text": gymnasium.spaces.Text(99)})
+    action_space = gymnasium.spaces.Text(99)
+    task, legal_actions = "Which door?", ("left", "right")
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.gain = float(seed % 2)
+        return {"text": f"door {seed % 2}"}, {}
+
+    def step(self, action):
+        return {"text": "the end"}, self.gain, True, False, {}
+
+
+def test_episodes_that_went_badly_are_repeated(tmp_path):
+    """Seeds that gave the most are played once, others again and again, each time as an episode of its own."""
+    run = {"env": TwoDoors, "rollout_repeat_fraction": 0.8, "max_steps": 8}
+    trainer = make_trainer(tmp_path, **run)
+    trainer.train()
+    episodes = collected(tmp_path)
+    seeds = [episode.seed for episode in episodes]
+    assert len({episode.episode_id for episode in episodes}) == len(episodes)
+    repeated = [seed for k, seed in enumerate(seeds) if seed in seeds[:k]]
+    assert len(repeated) > len(seeds) / 2 and {seed % 2 for seed in repeated} == {0}
+    assert {seed % 2 for seed in seeds} == {0, 1}
+    again = ReplayBuffer(tmp_path / "replay", with_images=False)
+    assert dict(OnlineData._known_returns(SimpleNamespace(buffer=again))) == {seed: float(seed % 2) for seed in seeds}
+    again.close()
+
+
 # ---- going on ----
 
 
-@pytest.mark.parametrize(("saved", "prioritized"), [(3, 0.0), (4, 0.0), (4, 0.75)])
+@pytest.mark.parametrize(("saved", "prioritized"), [(3, 0.0), (4, 0.0), (4, 0.75)])  # and repeats, then
 def test_resume(tmp_path, saved, prioritized):
     """From a checkpoint in the middle of a round, or at its end, a run goes on bit by bit."""
     run = {"dataset": text_number_line(), "offline_steps": 1, "save_strategy": "steps", "save_steps": saved}
-    run["replay_prioritized_fraction"] = prioritized
+    run |= {"replay_prioritized_fraction": prioritized, "rollout_repeat_fraction": prioritized}
     whole = make_trainer(tmp_path / "whole", **run)
     whole.train()
     cut = make_trainer(tmp_path / "cut", callbacks=[StopAt(5)], **run)

@@ -162,6 +162,14 @@ def test_truncation(make):
     assert [env.step(wrong)[2:4] for _ in range(2)] == [(False, False), (False, True)]
 
 
+def test_invalid_actions_alone_do_not_go_on_for_ever(make):
+    """They never reach the server, which would otherwise truncate."""
+    env = make()
+    env.reset(seed=0)
+    ends = [env.step("seven")[2:4] for _ in range(1000)]
+    assert set(ends[:-1]) == {(False, False)} and ends[-1] == (False, True)
+
+
 @pytest.mark.parametrize("bad", ["", "seven", "-1", "\ud800", "9" * 500, "{}", None, 3])
 def test_invalid_actions_never_raise(make, bad):
     """A string that the function refuses, and numbers that the server's model of actions refuses."""
@@ -406,8 +414,9 @@ def test_bad_arguments(url):
         OpenEnvAdapter({}, guess, text="hint")
     with pytest.raises(ValueError, match="say by `text` or `picture`"):
         OpenEnvAdapter(url, guess)
-    with pytest.raises(ValueError, match="max_turns must be at least 1"):
-        OpenEnvAdapter(url, guess, text="hint", max_turns=0)
+    for bad in (0, 2.5, None):
+        with pytest.raises(ValueError, match=f"max_turns must be a whole number of at least 1, not {bad}"):
+            OpenEnvAdapter(url, guess, text="hint", max_turns=bad)
     with pytest.raises(ValueError, match="timeouts must be above 0"):
         OpenEnvAdapter(url, guess, text="hint", connect_timeout=0)
     with pytest.raises(ValueError, match="nothing to render"):

@@ -281,9 +281,10 @@ def test_timing(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
+    recorder = EpisodeRecorder(tmp_path / "file")
     with pytest.warns(UserWarning, match="no longer recorded into .*file") as warned:
-        passed = record(tmp_path / "file", episode(), episode(name="e/1"))
-    assert len(passed) == 2 and len(warned) == 1
+        passed = list(recorder.watch([episode(), episode(name="e/1")]))
+    assert len(passed) == 2 and len(warned) == 1 and isinstance(recorder.error, FileExistsError)
 
 
 def test_a_disk_that_fills_up(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 
+import datasets
 import gymnasium
 import numpy as np
 import pytest
@@ -29,7 +31,14 @@ from vlmq_trl.rollout import (
     make_env,
     play_episodes,
 )
-from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, episodes_from_dataset, validate_trajectories
+from vlmq_trl.trajectory import (
+    Episode,
+    Turn,
+    concatenate_trajectories,
+    dataset_from_episodes,
+    episodes_from_dataset,
+    validate_trajectories,
+)
 
 NUMBER_LINE = "vlmq_trl/NumberLine-v0"
 
@@ -65,6 +74,13 @@ class Countdown(gymnasium.Env):
 
 
 SHARED = Countdown()
+
+
+class Blind(Countdown):
+    """Its picture has another name."""
+
+    def observe(self):
+        return {"rgb": super().observe()["image"]}
 
 
 class Scripted:
@@ -192,6 +208,10 @@ def test_text_only_environments_and_log_probabilities():
     ("kwargs", "error", "words"),
     [
         ({"episodes": 0}, ValueError, "episodes must be at least 1"),
+        ({"episodes": 2.0}, TypeError, "episodes must be a whole number, got 2.0"),
+        ({"episodes": "3"}, TypeError, "episodes must be a whole number, got '3'"),
+        ({"seed": "1"}, TypeError, "seed must be a whole number, got '1'"),
+        ({"max_turns": True}, TypeError, "max_turns must be a whole number, got True"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"num_envs": 0}, ValueError, "num_envs must be at least 1"),
         ({"max_turns": 0}, ValueError, "max_turns must be at least 1"),
@@ -200,6 +220,8 @@ def test_text_only_environments_and_log_probabilities():
         ({"agent_format": "json"}, TypeError, "pass for example make_format\\('json'\\)"),
         ({"agent_format": str.strip}, TypeError, "pass for example CallableFormat"),
         ({"policy": make_demonstrator(NUMBER_LINE, "expert")}, TypeError, "becomes one by `DemonstratorPolicy"),
+        ({"policy": Scripted}, TypeError, "The policy is the class Scripted; pass an instance"),
+        ({"env": Blind}, ValueError, "neither 'image' nor 'text'; its keys are \\['rgb'\\]"),
         ({"env": Countdown()}, TypeError, "a function that makes a new environment, got Countdown"),
         ({"env": lambda: SHARED}, ValueError, "returned the same object twice"),
         ({"env": lambda: "text"}, TypeError, "factory returned str"),
@@ -215,6 +237,69 @@ def test_refuses(kwargs, error, words):
     kwargs = {"env": Countdown, "policy": Scripted(), "episodes": 3, **kwargs}
     with pytest.raises(error, match=words):
         list(play_episodes(kwargs.pop("env"), kwargs.pop("policy"), **kwargs))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda requests: ["down" for _ in requests],
+        lambda requests: (Response("down") for _ in requests),
+        lambda requests: [Response(None) for _ in requests],
+        lambda requests: None,
+    ],
+    ids=["strings", "generator", "no text", "nothing"],
+)
+def test_a_policy_must_answer_with_responses(answer):
+    class Own:
+        def act(self, requests):
+            return answer(requests)
+
+    for policy in (Own(), ExploringPolicy(Own(), PlainFormat(), 0.5)):
+        with pytest.raises(TypeError, match=r"must give a list with one Response\(text\) for each request, got"):
+            list(play_episodes(Countdown, policy, episodes=2))
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (lambda env, rng: "down", "The demonstrator gave 'down'; it must give a Decision"),
+        (
+            lambda env: Decision("down", {}, ""),
+            r"a function with the arguments \(env\) \(too many positional arguments",
+        ),
+        (None, "The policy is None; it must be a function"),
+        (["random"], "The policy is \\['random'\\]; it must be a function"),
+        (Decision, "The policy is <class .*Decision'>; it must be a function"),
+        (Scripted, "The policy is the class Scripted; pass an instance"),
+    ],
+)
+def test_policies_that_are_none(policy, words):
+    with pytest.raises(TypeError, match=words):
+        collect_demonstrations(Countdown, policy=policy, episodes=2, progress=False)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["cache_dir", "temporary"])
+def test_a_failure_leaves_what_has_been_collected(kept, tmp_path):
+    """Eight episodes in two environments; the sixth fails, at the reset: those before it have ended."""
+
+    def collect(**kwargs):
+        return collect_demonstrations(
+            Misbehaving, policy=Scripted(("go",)), num_envs=2, cache_dir=tmp_path if kept else None, **kwargs
+        )
+
+    env_kwargs = {"fault": "raise", "seeds": (5,), "turn": -1}
+    with pytest.raises(EnvFailureError, match=r"with seed 5.*\n(?s:.)*The 4 episodes that had ended") as caught:
+        collect(episodes=8, env_kwargs=env_kwargs, progress=False)
+    file = re.search(r"the seed 3, lie in (\S+?\.arrow)", str(caught.value))[1]
+    assert ("until this process ends" in str(caught.value)) != kept
+    assert not kept or [str(path) for path in tmp_path.iterdir()] == [file]
+    there = datasets.Dataset.from_file(file)
+    assert validate_trajectories(there, "all").episode_ids.tolist() == [f"Misbehaving/{seed}" for seed in range(4)]
+    rest = collect(episodes=2, seed=6, progress=False)
+    assert len(validate_trajectories(concatenate_trajectories([there, rest]))) == 6
+    with pytest.raises(EnvFailureError) as caught:  # nothing had ended
+        collect(episodes=2, env_kwargs={**env_kwargs, "seeds": (0,)}, progress=False)
+    assert "lie in" not in str(caught.value)
 
 
 def test_a_policy_must_answer_everything():

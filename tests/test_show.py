@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import pytest
@@ -89,6 +90,18 @@ def test_a_demonstrators_episodes(tmp_path, capsys):
     assert json.loads(rows(tmp_path)[0]["response"])["cards"] == "[10, 2]"
 
 
+def test_a_saved_model_answers_in_its_own_format(tmp_path):
+    """That of its card, which need not be the environment's; unless another is asked for."""
+    for part in tiny_models.build("idefics3", 0):
+        part.save_pretrained(tmp_path / "model")
+    card = {"env_id": None, "agent_format": {"name": "plain"}, "max_completion_length": 3}
+    (tmp_path / "model" / "agent.json").write_text(json.dumps(card))
+    command = ["vlmq_trl/NumberLine-v0", "--model", str(tmp_path / "model"), "--max_turns", "1"]
+    for options, asks in ([], False), (["--agent_format", "json"], True):
+        main([*command, *options, "--output", str(tmp_path / f"out{asks}")])
+        assert ('the key "action"' in rows(tmp_path / f"out{asks}")[0]["prompt"]) == asks
+
+
 def test_a_saved_models_episodes(tmp_path):
     model, processor = tiny_models.build("idefics3", 0)
     model.save_pretrained(tmp_path / "model")
@@ -106,8 +119,8 @@ def test_a_policy_on_a_function(tmp_path):
 
     (played,) = show_episodes(partial(EZPoints, invalid_penalty=0.0), Equals(), tmp_path)
     assert played.return_ == -1 and len(rows(tmp_path)) == 1
-    with pytest.raises(ValueError, match="needs an environment's id"):
-        show_episodes(EZPoints, "expert", tmp_path)
+    (played,) = show_episodes(EZPoints, "expert", tmp_path)
+    assert played.return_ == 10
 
 
 @pytest.mark.parametrize(
@@ -128,6 +141,35 @@ def test_bad_arguments_end_with_a_line(tmp_path, capsys, arguments, text):
     said = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert text in said and "\n" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["file", "file/inside/it", "closed/folder"])
+def test_an_output_that_can_be_no_folder_is_refused_first(tmp_path, capsys, monkeypatch, output):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "closed").mkdir()
+    # Root may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "closed")
+    with pytest.raises(SystemExit) as stopped:
+        main(["vlmq_trl/EZPoints-v0", "--model", "no/such_model", "--output", str(tmp_path / output)])
+    culprit = output.partition("/")[0]
+    assert isinstance(stopped.value.code, str) and "name another folder" in stopped.value.code
+    assert str(tmp_path / culprit) in stopped.value.code and "\n" not in stopped.value.code
+    assert capsys.readouterr().out == "" and (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_disk_that_fills_up_ends_the_play_with_an_error(tmp_path, capsys, monkeypatch):
+    original = Path.write_bytes
+
+    def write_bytes(self, data):
+        if self.name.startswith("001"):
+            raise OSError(28, "No space left on device")
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.warns(UserWarning, match="no longer recorded"), pytest.raises(SystemExit) as stopped:
+        main(["vlmq_trl/EZPoints-v0", "--episodes", "3", "--output", str(tmp_path)])
+    assert f"only 1 of 3 episodes were written to {tmp_path}: [Errno 28] No space" in stopped.value.code
+    assert capsys.readouterr().out == "" and len(list(tmp_path.glob("*.gif"))) == 1
 
 
 def test_it_runs_as_a_module(tmp_path):

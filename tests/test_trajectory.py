@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trajectory dataset: round trips, files, streams, the episode index, and training with a stock SFTTrainer."""
 
+import os
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -188,6 +190,74 @@ def test_saving_over_another_dataset(ds, tmp_path, first):
     fewer = ds.select(range(int(np.argmax(ds["terminated"])) + 1))
     save_trajectories(fewer, tmp_path, file_format=first)
     assert len(load_trajectories(tmp_path)) == len(fewer)
+
+
+def test_saving_over_a_dataset_that_is_open(ds, tmp_path):
+    """It can be read on, and may itself be what is saved; of the old files none is left."""
+    save_trajectories(ds, tmp_path)
+    (tmp_path / "note.txt").write_text("mine")
+    opened = load_trajectories(tmp_path)
+    save_trajectories(dataset_from_episodes([make_episode("other", [1.0] * 40)]), tmp_path)
+    for one, other in zip(EPISODES, episodes_from_dataset(opened), strict=True):
+        assert_equal_episodes(one, other)
+    again = load_trajectories(tmp_path)
+    save_trajectories(again.select(range(9, 40)), tmp_path)
+    assert again["turn"][:] == list(range(40)) and load_trajectories(tmp_path)["turn"][:] == list(range(9, 40))
+    assert len(list(tmp_path.iterdir())) == 4  # data, its description, the state, and the note
+
+
+@pytest.mark.parametrize("file_format", ["arrow", "parquet"])
+def test_a_save_that_is_cut_off_leaves_the_old_dataset(ds, tmp_path, file_format, monkeypatch):
+    """Wherever it is cut off: in the writing, or at any of the renamings that follow."""
+    save_trajectories(ds, tmp_path, file_format=file_format)
+    other = dataset_from_episodes([make_episode("other", [1.0])])
+    files = sorted(path.name for path in tmp_path.iterdir())
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    writer = "save_to_disk" if file_format == "arrow" else "to_parquet"
+    replace = os.replace
+    for kept in range(-1, 3 if file_format == "arrow" else 1):  # renamings that come about; -1: killed before
+        left = iter([replace] * kept)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if kept < 0:
+                patch.setattr(datasets.Dataset, writer, killed)
+            patch.setattr(os, "replace", lambda *args, left=left: next(left, killed)(*args))
+            save_trajectories(other, tmp_path, file_format=file_format)
+        for one, back in zip(EPISODES, episodes_from_dataset(load_trajectories(tmp_path)), strict=True):
+            assert_equal_episodes(one, back)
+    assert set(files) <= {path.name for path in tmp_path.iterdir()}
+    save_trajectories(other, tmp_path, file_format=file_format)
+    assert load_trajectories(tmp_path)["episode_id"][:] == ["other"]
+
+
+def test_what_is_no_dataset_is_not_saved(ds, tmp_path):
+    for wrong in (list(ds), EPISODES, ds.to_iterable_dataset(), datasets.DatasetDict(train=ds)):
+        with pytest.raises(TypeError, match=f"takes a datasets.Dataset, got {type(wrong).__name__}. Save each split"):
+            save_trajectories(wrong, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train-0.parquet", "test-0.parquet"], "test, train"),
+        (["data/train/0.parquet", "data/validation/0.parquet", "data/train/1.parquet"], "train, validation"),
+        (["train-0.parquet", "train-1.parquet"], None),
+        (["contest.parquet", "trained.parquet"], None),
+    ],
+)
+def test_splits_are_not_merged(ds, tmp_path, names, splits):
+    for k, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        ds.select([4 + k]).to_parquet(tmp_path / name)
+    if splits:
+        with pytest.raises(ValueError, match=f"holds the splits {splits} .* would become one dataset"):
+            load_trajectories(tmp_path)
+        assert len(load_trajectories(tmp_path / names[0])) == 1
+    else:
+        assert len(load_trajectories(tmp_path)) == 2
 
 
 def test_files_that_are_not_there(ds, tmp_path):

@@ -16,11 +16,18 @@ import pytest
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import TimeLimit
 
-from vlmq_trl import dataset_from_episodes, episodes_from_dataset, play_episodes, validate_trajectories
+from vlmq_trl import (
+    collect_demonstrations,
+    dataset_from_episodes,
+    episodes_from_dataset,
+    play_episodes,
+    validate_trajectories,
+)
 from vlmq_trl.agent_format import JSONFormat
 from vlmq_trl.envs import Decision, VLMAgentWrapper
-from vlmq_trl.rollout import DemonstratorPolicy, Response
+from vlmq_trl.rollout import DemonstratorPolicy, EnvFailureError, Response
 
 gymnasium.register_envs(ale_py)
 gymnasium.register_envs(minigrid)
@@ -109,22 +116,23 @@ class Counting(gymnasium.Env):
 
 
 class Drawing(gymnasium.Env):
-    """One action; what it renders is given."""
+    """One action; what it renders, and what its reset and its step give, is given. It never ends by itself."""
 
     metadata = {"render_modes": ["rgb_array"]}
     observation_space = spaces.Discrete(1)
     action_space = spaces.Discrete(1)
     render_mode = "rgb_array"
 
-    def __init__(self, picture=None):
+    def __init__(self, picture=None, first=(0, {}), then=(0, 0.0, False, False, {})):
         self.picture = np.zeros((8, 8, 3), np.uint8) if picture is None else picture
+        self.first, self.then = first, then
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return 0, {}
+        return self.first
 
     def step(self, action):
-        return 0, 0.0, False, False, {}
+        return self.then
 
     def render(self):
         return self.picture
@@ -352,6 +360,122 @@ def test_terminated_and_truncated_are_the_environments():
     assert [env.step(word)[2:4] for word in ("down", "down", "right", "right", "down", "right")][-1] == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("make", "turns"),
+    [
+        (lake, 100),  # FrozenLake's own limit of steps
+        (road, 15),  # 60 frames, 4 a turn
+        (lambda: road(frame_skip=7), 9),  # 60 = 8 * 7 + 4
+        (lambda: lake(max_turns=3), 3),
+        (lambda: VLMAgentWrapper(TimeLimit(Drawing(), 5), {"draw": 0}), 5),  # without a spec
+        (lambda: VLMAgentWrapper(Drawing(), {"draw": 0}), 1000),  # no limit is known
+        (grid, 1000),
+    ],
+)
+def test_invalid_actions_alone_do_not_go_on_for_ever(make, turns):
+    class Babbling:
+        def act(self, requests):
+            return [Response("I would go left.") for _ in requests]
+
+    (episode,) = play_episodes(make, Babbling(), episodes=1, max_turns=1100)
+    assert (len(episode.turns), episode.terminated, episode.truncated) == (turns, False, True)
+
+
+@pytest.mark.parametrize("skip", [1, 4, 7])
+def test_the_default_limit_does_not_cut_valid_play_short(skip):
+    env = road(frame_skip=skip)
+    env.reset(seed=0)
+    while not env.step("wait")[3]:
+        assert env.turns < env.max_turns
+    assert env.env.get_wrapper_attr("_elapsed_steps") == 60
+
+
+def test_an_environment_may_change_the_action_in_place():
+    class Doubling(Drawing):
+        action_space = spaces.Box(-10, 10, (2,), np.float32)
+        got = ()
+
+        def step(self, action):
+            self.got = (*self.got, action.tolist())
+            action *= 2
+            return super().step(action)
+
+    action = np.array([1, 0.5], np.float32)
+    env = VLMAgentWrapper(Doubling(), {"push": action}, frame_skip=2)
+    env.reset(seed=0)
+    for _ in range(2):
+        assert env.step("push")[4]["valid"]
+    assert env.env.got == ([1, 0.5],) * 4 and action.tolist() == [1, 0.5]
+
+
+def test_blank_text_is_no_action():
+    env = Counting()
+    env.action_space = spaces.Text(max_length=5, min_length=0, charset=string.printable)
+    env = VLMAgentWrapper(env, invalid_penalty=0.5)
+    env.reset(seed=0)
+    for blank in ("", "   ", "\n"):  # a response without an action becomes ""
+        assert env.step(blank)[1:] == (-0.5, False, False, {"valid": False, "action": ""})
+    assert env.step("one")[1:3] == (1.0, False)
+
+
+def test_text_without_spaces_warns():
+    env = Counting()
+    env.action_space = spaces.Text(max_length=20)
+    with pytest.warns(UserWarning, match="such as 'go north', is invalid. If there are any, give the space a charset"):
+        VLMAgentWrapper(env)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VLMAgentWrapper(Counting())  # which says what characters it takes
+
+
+def test_pictures_have_one_size():
+    env = VLMAgentWrapper(Drawing(), {"draw": 0})
+    env.reset(seed=0)
+    env.env.picture = np.zeros((8, 9, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"has the shape \[8, 9, 3\], not \[8, 8, 3\] as before; give a function as"):
+        env.step("draw")
+    with pytest.raises(ValueError, match="as before"):
+        env.reset()
+
+
+@pytest.mark.parametrize(
+    "reward", [None, "1", np.zeros(2), np.zeros(1), {}, 10**400], ids=lambda reward: f"{reward!r:.9}"
+)
+def test_rewards_are_numbers(reward):
+    def make():
+        return VLMAgentWrapper(Drawing(then=(0, reward, True, False, {})), {"draw": 0})
+
+    env = make()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=rf"gave the reward {re.escape(repr(reward)[:20])}.*, not a number"):
+        env.step("draw")
+    with pytest.raises(EnvFailureError, match=r"gave the reward .* on turn 0 of the episode with seed 0"):
+        collect_demonstrations(make, policy="random", episodes=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"then": (0, 1.0, True, {})}, r"step gave 4 values, not Gymnasium's five values \(observation, reward, term"),
+        ({"then": None}, "step gave NoneType, not Gymnasium's five values"),
+        ({"then": (0, 1.0, True, False, None)}, "step gave NoneType as its info, not a dictionary; give {}"),
+        ({"first": np.zeros(2)}, r"reset gave ndarray, not Gymnasium's two values \(observation, info\); mend it"),
+        ({"first": (0, None)}, "reset gave NoneType as its info, not a dictionary; give {}"),
+    ],
+)
+def test_environments_that_do_not_keep_to_the_interface(given, text):
+    with pytest.raises(TypeError, match=f"the environment's {text}"):
+        env = VLMAgentWrapper(Drawing(**given), {"draw": 0})
+        env.reset(seed=0)
+        env.step("draw")
+
+
+def test_a_demonstrator_plays_at_random_what_a_function_makes():
+    dataset = collect_demonstrations(lake, policy="random", episodes=3, progress=False)
+    turns = [turn for episode in episodes_from_dataset(dataset) for turn in episode.turns]
+    assert {turn.action for turn in turns} <= set(LAKE_WORDS) and all(turn.valid for turn in turns)
+
+
 def test_open_ended_text_actions():
     env = VLMAgentWrapper(Counting(), task="Count.")
     assert env.legal_actions is None and env.task == "Count." and env.metadata["render_fps"] == 7
@@ -400,9 +524,22 @@ def big(env, observation):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: VLMAgentWrapper("FrozenLake-v1"), TypeError, "wraps an environment, got str; make it first"),
-        (lambda: lake(frame_skip=0), ValueError, "frame_skip and max_turns must be at least 1, got 0 and None"),
-        (lambda: lake(max_turns=0), ValueError, "frame_skip and max_turns must be at least 1, got 1 and 0"),
+        (lambda: VLMAgentWrapper("Lake-v1"), TypeError, r"got the string 'Lake-v1'; pass gymnasium.make\(\.\.\.\)"),
+        (lambda: VLMAgentWrapper(lake_alone), TypeError, "wraps an environment, got function; make it first"),
+        (
+            lambda: VLMAgentWrapper(gymnasium.make_vec("FrozenLake-v1", 2), LAKE_WORDS),
+            TypeError,
+            "wraps a single environment, got SyncVectorEnv; make one with gymnasium.make",
+        ),
+        (lambda: lake(frame_skip=0), ValueError, "frame_skip must be a whole number of at least 1, not 0"),
+        (lambda: lake(frame_skip=1.5), ValueError, "frame_skip must be a whole number of at least 1, not 1.5"),
+        (lambda: lake(max_turns=0), ValueError, "max_turns must be a whole number of at least 1, not 0"),
+        (lambda: lake(max_turns=2.5), ValueError, "max_turns must be a whole number of at least 1, not 2.5"),
+        (
+            lambda: VLMAgentWrapper(lake_alone(), ["left", "down"]),
+            TypeError,
+            r"actions must map words to actions, \{'left': 0, 'right': 1\}, not \['left', 'down'\]",
+        ),
         (
             lambda: VLMAgentWrapper(gymnasium.make("FrozenLake-v1"), LAKE_WORDS),
             ValueError,

@@ -19,10 +19,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .agent_format import AgentFormat, Exchange, default_format, format_arguments, make_format
+from .agent_format import (
+    AgentFormat,
+    Exchange,
+    action_of,
+    default_format,
+    format_arguments,
+    make_format,
+    prompt_of,
+)
 from .critic import Critic
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
+    existing,
     find_file,
     has_critic,
     hub_arguments,
@@ -34,6 +43,8 @@ from .rollout import EnvSpec, Request, Response, make_env, play_episodes
 from .trajectory import Episode
 
 CARD_NAME = "agent.json"
+# What a card says of a format that JSON cannot hold: the user has to give it again.
+CUSTOM_FORMAT = {"name": "custom"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,8 @@ class VLMAgent:
     Args:
         model: a model, adapter or `AutoModelForImageTextToTextWithValueHead`; it is put into evaluation mode.
         processing_class: its processor, or tokenizer for text-only models.
-        agent_format: how observations become messages and responses actions; None for each environment's own.
+        agent_format: how observations become messages and responses actions; None for each environment's own, unless
+            the model was trained with functions of the user's own: then it has to be given.
         env: what it was trained in; `play`'s default.
         temperature: of its answers; 0 is greedy.
         max_completion_length: longest response in tokens.
@@ -107,6 +119,8 @@ class VLMAgent:
         self.model, self.processing_class = model.eval(), processing_class
         self.agent_format, self.env = agent_format, env
         self.temperature, self.max_completion_length = temperature, max_completion_length
+        self._needs_format = False  # the card says so
+        self._default_format: tuple[EnvSpec, AgentFormat] | None = None  # of `env`, which may be slow to make
 
     @classmethod
     def from_pretrained(
@@ -129,23 +143,27 @@ class VLMAgent:
             **kwargs: go to the model class' `from_pretrained` (`dtype`, `revision`, `token`, ...).
 
         Raises:
-            OSError: there is no model, or only in a pickle.
+            TypeError: `name` is no name.
+            OSError: there is no model, or only in a pickle; half a critic.
             ValueError: a card or a critic that does not fit.
         """
-        name, hub_kwargs = str(name), hub_arguments(kwargs)
+        name, hub_kwargs = existing(name), hub_arguments(kwargs)
         card = _read_card(name, hub_kwargs)
         opened = AutoModelForImageTextToTextWithValueHead if has_critic(name, **hub_kwargs) else None
         model = opened.from_pretrained(name, **kwargs) if opened else load_pretrained(name, **kwargs)
         length = card.get("max_completion_length", 256) if max_completion_length is None else max_completion_length
         known = card.get("agent_format")
-        return cls(
+        custom = known == CUSTOM_FORMAT
+        agent = cls(
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
             load_processor(name, model.config, **hub_kwargs, trust_remote_code=kwargs.get("trust_remote_code", False)),
-            agent_format if agent_format is not None else make_format(**known) if known else None,
+            agent_format if agent_format is not None else make_format(**known) if known and not custom else None,
             env=card.get("env_id") if env is None else env,
             temperature=temperature,
             max_completion_length=length,
         )
+        agent._needs_format = custom
+        return agent
 
     @property
     def critic(self) -> Critic | None:
@@ -167,13 +185,16 @@ class VLMAgent:
             task: the environment's task text.
             history: earlier turns of the episode, oldest first, where the format wants them.
             best_of: samples as many responses and takes the one that the critic values most.
+
+        Raises:
+            TypeError, ValueError: an observation that does not fit, no format, or `best_of` without a critic.
         """
         fmt = self._format()
-        prompt, images = fmt.build_prompt(task, observation, history)
+        prompt, images = prompt_of(fmt, task, observation, history)
         request = Request(None, prompt, images, np.random.default_rng(0))
         policy = self.policy(best_of=best_of)
         (response,) = policy.act([request])
-        parsed = fmt.parse(response.text)
+        parsed = action_of(fmt, response.text)
         value = policy.values[0] if isinstance(policy, BestOfPolicy) else None
         return Answer(response.text, parsed.action, parsed.valid, value)
 
@@ -187,12 +208,13 @@ class VLMAgent:
             **kwargs: as `play_episodes` (`num_envs`, `env_kwargs`, `max_turns`, `workers`, `progress`, ...).
 
         Raises:
-            ValueError: no environment is known.
+            ValueError: no environment is known, or not how the agent sees and answers.
         """
         env = self.env if env is None else env
         if env is None:
             raise ValueError("Which environment? Give `env`: the agent's card names none.")
-        kwargs.setdefault("agent_format", self.agent_format)
+        if kwargs.get("agent_format") is None:
+            kwargs["agent_format"] = self.own_format()  # None for the environment's
         policy = self.policy(best_of=best_of)
         return list(play_episodes(env, policy, episodes=episodes, seed=seed, **kwargs))
 
@@ -209,17 +231,29 @@ class VLMAgent:
             max_completion_length=self.max_completion_length,
         )
 
+    def own_format(self) -> AgentFormat | None:
+        """The agent's format; None where it answers in each environment's own.
+
+        Raises:
+            ValueError: it was trained with functions of the user's own, and they were not given.
+        """
+        if self.agent_format is None and self._needs_format:
+            raise ValueError(
+                "How does it see and answer? It was trained with functions of your own, which are not saved with it. "
+                "Give `agent_format`."
+            )
+        return self.agent_format
+
     def _format(self) -> AgentFormat:
-        if self.agent_format is not None:
-            return self.agent_format
+        """`own_format`, or else the default of the environment that it was trained in."""
+        own = self.own_format()
+        if own is not None:
+            return own
         if self.env is None:
             raise ValueError("How does it see and answer? Give `agent_format`: the agent's card names none.")
-        made = make_env(self.env)
-        try:
-            self.agent_format = default_format(made)
-        finally:
-            made.close()
-        return self.agent_format
+        if self._default_format is None or self._default_format[0] is not self.env:
+            self._default_format = self.env, _default_of(self.env)
+        return self._default_format[1]
 
     # ---- the critic ----
 
@@ -229,9 +263,10 @@ class VLMAgent:
         """What policy and critic make of each token of a response, its end token included.
 
         Raises:
-            ValueError: there is no critic.
+            TypeError: the response is no string.
+            ValueError: there is no critic, or no format is known.
         """
-        prompt, images = self._format().build_prompt(task, observation, history)
+        prompt, images = prompt_of(self._format(), task, observation, history)
         (values,) = self.score([Request(None, prompt, images, np.random.default_rng(0))], [response])
         return values
 
@@ -243,6 +278,9 @@ class VLMAgent:
         critic = self.critic
         if critic is None:
             raise ValueError("There is no critic beside this model; only a VLMQ run saves one.")
+        for response in responses:
+            if not isinstance(response, str):
+                raise TypeError(f"A response must be a string, such as `Answer.response`, got {response!r:.100}.")
         found: list[list[TokenValue]] = []
         for start in range(0, len(requests), batch_size):
             rows = list(zip(requests[start : start + batch_size], responses[start : start + batch_size], strict=True))
@@ -323,19 +361,23 @@ class BestOfPolicy:
 
 
 def agent_card(env: EnvSpec | None, agent_format: AgentFormat | None, max_completion_length: int) -> dict[str, Any]:
-    """What `agent.json` says, so that an agent opens with no argument: `env_id`, `agent_format` (None for functions of
-    the user's own), `max_completion_length`."""
+    """What `agent.json` says, so that an agent opens with no argument: `env_id`, `agent_format` (`CUSTOM_FORMAT` for
+    functions of the user's own, None where none is known), `max_completion_length`."""
     if agent_format is None and env is not None:
-        made = make_env(env)
-        try:
-            agent_format = default_format(made)
-        finally:
-            made.close()
+        agent_format = _default_of(env)
     return {
         "env_id": env if isinstance(env, str) else None,
-        "agent_format": None if agent_format is None else format_arguments(agent_format),
+        "agent_format": None if agent_format is None else format_arguments(agent_format) or CUSTOM_FORMAT,
         "max_completion_length": max_completion_length,
     }
+
+
+def _default_of(env: EnvSpec) -> AgentFormat:
+    made = make_env(env)
+    try:
+        return default_format(made)
+    finally:
+        made.close()
 
 
 def _read_card(name: str, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,7 +388,7 @@ def _read_card(name: str, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         card = json.loads(Path(path).read_text())
         if not isinstance(card, dict):
             raise TypeError("it is no object")
-        if card.get("agent_format") is not None:
+        if card.get("agent_format") not in (None, CUSTOM_FORMAT):
             make_format(**card["agent_format"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{CARD_NAME} of {name} is not an agent's card: {error}") from None

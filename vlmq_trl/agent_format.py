@@ -66,8 +66,8 @@ def _observation_parts(observation: Mapping[str, Any], text: str = "") -> tuple[
     """Content parts of one user message, image first, then `text` and the observation's own text in one part.
 
     Raises:
-        TypeError: the observation is not a mapping, or its image is not a uint8 array [H, W, 3].
-        ValueError: there is neither an image nor any text to show.
+        TypeError: the observation is not a mapping, its image is not a uint8 array [H, W, 3], or its text is no text.
+        ValueError: it has neither an image nor a text, or there is nothing at all to show.
     """
     if not isinstance(observation, Mapping):
         raise TypeError(
@@ -76,7 +76,14 @@ def _observation_parts(observation: Mapping[str, Any], text: str = "") -> tuple[
         )
     parts: list[Message] = []
     images: list[np.ndarray] = []
-    image = observation.get("image")
+    image, said = observation.get("image"), observation.get("text")
+    if image is None and said is None:  # the task's text alone would have the agent play blind
+        raise ValueError(
+            f"The observation has neither 'image' nor 'text'; its keys are {list(observation)}. Wrap the environment "
+            "so that it returns {'image': uint8 [H, W, 3], 'text': str}, or use a `CallableFormat(prompt_fn=...)`."
+        )
+    if said is not None and not isinstance(said, str):
+        raise TypeError(f"observation['text'] must be a string, got {type(said).__name__}.")
     if image is not None:
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
@@ -86,13 +93,11 @@ def _observation_parts(observation: Mapping[str, Any], text: str = "") -> tuple[
             )
         images.append(array)
         parts.append({"type": "image"})
-    lines = [line for line in (text, observation.get("text")) if line]
+    lines = [line for line in (text, said) if line]
     if lines:
         parts.append({"type": "text", "text": "\n".join(lines)})
     if not parts:
-        raise ValueError(
-            "Nothing to show the agent: the observation has neither 'image' nor 'text', and there is no task text."
-        )
+        raise ValueError("Nothing to show the agent: the observation's text is empty, and there is no task text.")
     return parts, images
 
 
@@ -106,6 +111,8 @@ class AgentFormat:
     name = "base"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.history, int):
+            raise TypeError(f"history must be a whole number of turns, got {self.history!r}.")
         if self.history < 0:
             raise ValueError(f"history must be >= 0, got {self.history}.")
 
@@ -127,7 +134,8 @@ class AgentFormat:
             images: uint8 arrays [H, W, 3], in the order of the image parts.
 
         Raises:
-            TypeError, ValueError: an observation that is not `{"image": uint8 [H, W, 3], "text": str}`.
+            TypeError, ValueError: an observation that is not `{"image": uint8 [H, W, 3], "text": str}`, of which one
+                may be missing.
         """
         messages: list[Message] = []
         images: list[np.ndarray] = []
@@ -426,6 +434,45 @@ def format_arguments(agent_format: AgentFormat) -> dict[str, Any] | None:
         return arguments if make_format(**arguments) == agent_format else None
     except ValueError:
         return None
+
+
+def prompt_of(
+    agent_format: AgentFormat, task: str, observation: Mapping[str, Any], history: Sequence[Exchange] = ()
+) -> tuple[list[Message], list[np.ndarray]]:
+    """`agent_format.build_prompt`, which may be a user's own.
+
+    Raises:
+        TypeError: it does not return messages and images.
+    """
+    made = agent_format.build_prompt(task, observation, history)
+    pair = isinstance(made, tuple | list) and len(made) == 2
+    if not pair or not all(isinstance(part, tuple | list) for part in made):
+        raise TypeError(
+            f"The agent format's method {type(agent_format).__name__}.build_prompt gave {made!r:.100}. It must give "
+            "two lists, `(messages, images)`, the second empty where there is no picture."
+        )
+    messages, images = made
+    return messages, images
+
+
+def action_of(agent_format: AgentFormat, response: str) -> ParsedAction:
+    """`agent_format.parse`, which may be a user's own.
+
+    Raises:
+        RuntimeError: it raises.
+        TypeError: it does not return a `ParsedAction`.
+    """
+    method = f"The agent format's method {type(agent_format).__name__}.parse"
+    wanted = "It must give a ParsedAction for any text, ParsedAction('', valid=False) where that makes no sense."
+    try:
+        parsed = agent_format.parse(response)
+    except Exception as error:
+        raise RuntimeError(
+            f"{method} raised {type(error).__name__}: {error}, given {response!r:.100}. {wanted}"
+        ) from error
+    if not (isinstance(parsed, ParsedAction) and isinstance(parsed.action, str)):
+        raise TypeError(f"{method} gave {parsed!r:.100}. {wanted}")
+    return parsed
 
 
 def check_format(agent_format: Any) -> None:

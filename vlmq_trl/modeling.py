@@ -39,7 +39,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import CONFIG_NAME, ModelOutput, cached_file
 from trl.kernels import ChunkedLogProbFunction
 
 from .critic import Critic, CriticConfig
@@ -392,10 +392,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             **kwargs: passed to the model class' `from_pretrained` (`dtype`, `revision`, `token`, ...).
 
         Raises:
-            OSError: if there is no critic and no `critic_config` was given.
+            TypeError: if the name is none.
+            OSError: if there is no model, only half a critic, or no critic and no `critic_config` was given.
             ValueError: if the critic does not fit the model.
         """
-        name = str(pretrained_model_name_or_path)
+        name = existing(pretrained_model_name_or_path)
         hub_kwargs = hub_arguments(kwargs)
         saved = has_critic(name, **hub_kwargs)
         if not saved and critic_config is None:
@@ -412,13 +413,35 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         return wrapped.train(model.training)
 
 
-def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
+def existing(name: str | os.PathLike) -> str:
+    """`name` as a string, if it may be a repository on the Hub or is a folder that holds a model or an adapter.
+
+    Raises:
+        TypeError: it is no name at all.
+        OSError: it is the path of something else, or of nothing.
+    """
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
+        raise TypeError(f"A model's name is that of a folder, or of a repository on the Hub; got {name!r}.")
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+            raise OSError(f"The folder {name} holds no model, neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}.")
+    elif path.exists():
+        raise OSError(f"{name} is a file; give the folder of a model or an adapter.")
+    elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:  # which no repository's name does
+        raise OSError(f"There is no folder {name}.")
+    return str(name)
+
+
+def load_pretrained(name: str | os.PathLike, is_trainable: bool = False, **kwargs: Any) -> nn.Module:
     """A whole model, or a PEFT adapter on its base model, by what `name` holds. Weights are safetensors only.
 
     Raises:
-        OSError: there are no such files; a pickle (`.bin`) does not count.
+        TypeError: `name` is no name.
+        OSError: there are no such files, of an adapter or of its base model; a pickle (`.bin`) does not count.
         ValueError: the adapter does not name its base model.
     """
+    name = existing(name)
     hub_kwargs = hub_arguments(kwargs)
     kwargs["use_safetensors"] = True
     if has_adapter(name, **hub_kwargs):
@@ -429,10 +452,17 @@ def load_pretrained(name: str, is_trainable: bool = False, **kwargs: Any) -> nn.
                 "`base_model_name_or_path`."
             )
         require_adapter_weights(name, **hub_kwargs)
+        try:
+            base_name = existing(peft_config.base_model_name_or_path)
+        except OSError as error:
+            raise OSError(
+                f"The adapter {name} cannot be opened without its base model. {error} Put it back, or write where it "
+                f"is into the adapter's {ADAPTER_CONFIG_NAME} (`base_model_name_or_path`)."
+            ) from None
         base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
         if peft_config.revision:
             base_kwargs["revision"] = peft_config.revision
-        base = load_pretrained(peft_config.base_model_name_or_path, **base_kwargs)
+        base = load_pretrained(base_name, **base_kwargs)
         return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
     trust = kwargs.get("trust_remote_code", False)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **hub_kwargs)
@@ -471,8 +501,19 @@ def load_processor(name: str, config: Any, **kwargs: Any) -> Any:
 
 
 def has_critic(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
-    """Whether a directory or Hub repository holds a critic beside its model."""
-    return find_file(name, CRITIC_CONFIG_NAME, **hub_kwargs) is not None
+    """Whether a directory or Hub repository holds a critic beside its model.
+
+    Raises:
+        OSError: a directory holds its weights without its configuration.
+    """
+    if find_file(name, CRITIC_CONFIG_NAME, **hub_kwargs) is not None:
+        return True  # without the weights, loading it says so
+    if (Path(name) / CRITIC_WEIGHTS_NAME).is_file():
+        raise OSError(
+            f"{name} holds half a critic: {CRITIC_WEIGHTS_NAME} without {CRITIC_CONFIG_NAME}. Copy that file too, or "
+            "remove the other to do without a critic."
+        )
+    return False
 
 
 def has_adapter(name: str | os.PathLike, **hub_kwargs: Any) -> bool:

@@ -10,12 +10,14 @@ Contents: `Request`, `Response`, `Policy`, `DemonstratorPolicy`, `ExploringPolic
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any, Protocol
 
 import datasets
@@ -23,9 +25,9 @@ import gymnasium
 import numpy as np
 from tqdm.auto import tqdm
 
-from vlmq_trl.agent_format import AgentFormat, Exchange, check_format, default_format
+from vlmq_trl.agent_format import AgentFormat, Exchange, action_of, check_format, default_format, prompt_of
 from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, EnvSpec, Failure, Outcome, make_env
-from vlmq_trl.envs import Demonstrator, make_demonstrator
+from vlmq_trl.envs import Decision, Demonstrator, make_demonstrator
 from vlmq_trl.metrics import load_metric
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes
 
@@ -35,6 +37,8 @@ NO_STATE_TO_READ = (
     "A demonstrator reads the environment's state, which lies in another process when workers=True; play it with "
     "workers=False."
 )
+# The least value of each argument that is a number.
+LEAST = {"episodes": 1, "seed": 0, "num_envs": 1, "max_turns": 1, "max_env_failures": 0}
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,14 @@ class Policy(Protocol):
 
 
 class DemonstratorPolicy:
-    """A scripted player that answers in an agent format."""
+    """A scripted player that answers in an agent format.
+
+    Raises:
+        TypeError: the demonstrator is no function (env, generator) -> Decision.
+    """
 
     def __init__(self, demonstrator: Demonstrator, agent_format: AgentFormat):
+        _check_demonstrator(demonstrator)
         self.demonstrator = demonstrator
         self.agent_format = agent_format
 
@@ -77,6 +86,10 @@ class DemonstratorPolicy:
             if request.env is None:
                 raise TypeError(NO_STATE_TO_READ)
             decision = self.demonstrator(request.env, request.rng)
+            if not isinstance(decision, Decision):
+                raise TypeError(
+                    f"The demonstrator gave {decision!r:.100}; it must give a Decision(action, reading, thoughts)."
+                )
             responses.append(Response(self.agent_format.render(decision.action, decision.reading, decision.thoughts)))
         return responses
 
@@ -98,11 +111,11 @@ class ExploringPolicy:
         self.policy, self.agent_format, self.epsilon = policy, agent_format, epsilon
 
     def act(self, requests: list[Request]) -> list[Response]:
-        responses = self.policy.act(requests)
+        responses = _answers(self.policy, requests)
         return [self._explored(request, response) for request, response in zip(requests, responses, strict=True)]
 
     def _explored(self, request: Request, response: Response) -> Response:
-        parsed, legal = self.agent_format.parse(response.text), request.legal_actions
+        parsed, legal = action_of(self.agent_format, response.text), request.legal_actions
         known = parsed.valid and parsed.action.casefold() in (action.casefold() for action in legal)
         if not legal or (request.rng.random() >= self.epsilon and known):
             return response
@@ -115,6 +128,7 @@ class _Running:
     """An episode that has not ended."""
 
     number: int
+    seed: int
     rng: np.random.Generator
     observation: Mapping[str, Any]
     prompt: list[dict[str, Any]]
@@ -131,6 +145,8 @@ def _env_name(env: EnvSpec) -> str:
 
 
 def _check_policy(policy: Any, workers: bool) -> None:
+    if isinstance(policy, type):
+        raise TypeError(f"The policy is the class {policy.__name__}; pass an instance of it.")
     if not hasattr(policy, "act"):
         raise TypeError(
             f"The policy has no method `act(requests)`, got {policy!r}. A function (env, generator) -> Decision, such "
@@ -140,17 +156,46 @@ def _check_policy(policy: Any, workers: bool) -> None:
         raise TypeError(NO_STATE_TO_READ)
 
 
-def _check_arguments(
-    agent_format: Any, num_envs: int, seed: int, max_turns: int | None, max_env_failures: int
-) -> None:
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}.")
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
-    if max_turns is not None and max_turns < 1:
-        raise ValueError(f"max_turns must be at least 1, got {max_turns}.")
-    if max_env_failures < 0:
-        raise ValueError(f"max_env_failures must be at least 0, got {max_env_failures}.")
+def _check_demonstrator(demonstrator: Any) -> None:
+    wanted = (
+        "it must be a function (env, generator) -> Decision (or, for `collect_demonstrations`, a name or `Policy`)"
+    )
+    if isinstance(demonstrator, type) or not callable(demonstrator):
+        raise TypeError(f"The policy is {demonstrator!r:.100}; {wanted}.")
+    try:
+        signature = inspect.signature(demonstrator)
+    except ValueError:  # some that are written in C do not say
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"The policy is a function with the arguments {signature} ({error}); {wanted}.") from None
+
+
+def _answers(policy: Policy, requests: list[Request]) -> list[Response]:
+    """`policy.act(requests)`, which may be a user's own."""
+    answers = policy.act(requests)
+    if not isinstance(answers, list | tuple) or not all(
+        isinstance(answer, Response) and isinstance(answer.text, str) for answer in answers
+    ):
+        raise TypeError(
+            f"The policy's `act` must give a list with one Response(text) for each request, got {answers!r:.100}."
+        )
+    if len(answers) != len(requests):
+        raise ValueError(f"The policy gave {len(answers)} responses to {len(requests)} requests.")
+    return list(answers)
+
+
+def _check_arguments(agent_format: Any, **numbers: Any) -> None:
+    """Raises TypeError or ValueError for a format that is none, or numbers (see `LEAST`) that are no whole ones or
+    too small; `max_turns` may be None."""
+    for name, value in numbers.items():
+        if name == "max_turns" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        if value < LEAST[name]:
+            raise ValueError(f"{name} must be at least {LEAST[name]}, got {value}.")
     check_format(agent_format)
 
 
@@ -207,7 +252,9 @@ class Rollouts:
         env_timeout: float | None = None,
         max_env_failures: int = 0,
     ):
-        _check_arguments(agent_format, num_envs, seed, max_turns, max_env_failures)
+        _check_arguments(
+            agent_format, num_envs=num_envs, seed=seed, max_turns=max_turns, max_env_failures=max_env_failures
+        )
         self.env, self.name = env, _env_name(env)
         self._prefix = self.name if id_prefix is None else id_prefix
         self._seed, self._max_turns, self._max_failures = seed, max_turns, max_env_failures
@@ -234,12 +281,17 @@ class Rollouts:
         """Turns played in episodes that have not ended."""
         return sum(len(one.turns) for one in list(self._running.values()))
 
-    def play(self, policy: Policy, numbers: Iterable[int]) -> Iterator[Episode]:
+    def play(
+        self, policy: Policy, numbers: Iterable[int], seed_of: Callable[[int], int] | None = None
+    ) -> Iterator[Episode]:
         """Plays the episodes with these numbers and yields each when it ends.
 
         A number is drawn when an environment is free for it, after what ended before has been yielded; so the caller
         can stop by ending `numbers`, and the running episodes are then played to their end. Closing the generator
         drops them; the environments can play again.
+
+        Args:
+            seed_of: by an episode's number, the seed its environment is reset with, in place of `seed` + number.
 
         Raises:
             TypeError, ValueError: a policy that is none, or does not answer every request.
@@ -248,55 +300,55 @@ class Rollouts:
         _check_policy(policy, self._pool.workers)
         if not len(self._pool):
             raise ValueError("These rollouts are closed; make new ones.")
-        return self._play(policy, iter(numbers))
+        seed_of = seed_of or (lambda number: self._seed + number)
+        return self._play(policy, ((number, seed_of(number)) for number in numbers))
 
-    def _play(self, policy: Policy, numbers: Iterator[int]) -> Iterator[Episode]:
+    def _play(self, policy: Policy, numbered: Iterator[tuple[int, int]]) -> Iterator[Episode]:
         if self._playing:
             raise RuntimeError("These rollouts are playing already; exhaust or close the other generator first.")
         self._playing = True
         try:
-            self._start(numbers)
+            self._start(numbered)
             while self._running:
                 running = sorted(self._running.items())
                 requests = [
                     Request(self._pool.env(k), one.prompt, one.images, one.rng, one.legal_actions)
                     for k, one in running
                 ]
-                responses = policy.act(requests)
-                if len(responses) != len(requests):
-                    raise ValueError(f"The policy gave {len(responses)} responses to {len(requests)} requests.")
+                responses = _answers(policy, requests)
                 yield from self._turn({k: response for (k, _), response in zip(running, responses, strict=True)})
-                self._start(numbers)
+                self._start(numbered)
         finally:
             self._playing = False
             self._running.clear()
             self._pool.abandon()
 
-    def _start(self, numbers: Iterator[int]) -> None:
+    def _start(self, numbered: Iterator[tuple[int, int]]) -> None:
         """Begins an episode in every free environment, as long as there are numbers."""
         free = [k for k in range(len(self._pool)) if k not in self._running]
         while free:
-            begun = dict(zip(free, numbers, strict=False))  # in this order, so that no number is drawn in vain
-            for k, number in begun.items():
-                self._pool.reset(k, self._seed + number)
+            begun = dict(zip(free, numbered, strict=False))  # in this order, so that no number is drawn in vain
+            for k, (_, seed) in begun.items():
+                self._pool.reset(k, seed)
             free = []
             for k, answer in self._pool.receive().items():
+                number, seed = begun[k]
                 if isinstance(answer, Failure):
-                    error = self._drop(begun[k], None, answer)
+                    error = self._drop(number, seed, None, answer)
                     if error is not None:
                         raise error
                     free.append(k)
                 else:
-                    prompt, images = self.agent_format.build_prompt(answer.task, answer.observation, ())
-                    rng = np.random.default_rng((self._seed + begun[k], 1))
+                    prompt, images = prompt_of(self.agent_format, answer.task, answer.observation)
+                    rng = np.random.default_rng((self._seed + number, 1))
                     history: deque[Exchange] = deque(maxlen=self.agent_format.history)
                     self._running[k] = _Running(
-                        begun[k], rng, answer.observation, prompt, images, answer.legal_actions, history
+                        number, seed, rng, answer.observation, prompt, images, answer.legal_actions, history
                     )
 
     def _turn(self, responses: dict[int, Response]) -> Iterator[Episode]:
         """Plays one turn in every environment; yields the episodes that it ends."""
-        parsed = {k: self.agent_format.parse(response.text) for k, response in responses.items()}
+        parsed = {k: action_of(self.agent_format, response.text) for k, response in responses.items()}
         actions = {k: found.action if found.valid else "" for k, found in parsed.items()}
         for k, action in actions.items():
             self._pool.step(k, action)
@@ -305,7 +357,7 @@ class Rollouts:
             one = self._running[k]
             if isinstance(answer, Failure):
                 del self._running[k]
-                error = self._drop(one.number, len(one.turns), answer) or error
+                error = self._drop(one.number, one.seed, len(one.turns), answer) or error
                 continue
             turn = Turn(
                 prompt=one.prompt,
@@ -334,28 +386,27 @@ class Rollouts:
         if self._max_turns is not None and len(one.turns) >= self._max_turns and not terminated:
             truncated = True
         if not terminated or truncated:
-            one.prompt, one.images = self.agent_format.build_prompt(answer.task, one.observation, tuple(one.history))
+            one.prompt, one.images = prompt_of(self.agent_format, answer.task, one.observation, tuple(one.history))
         if not (terminated or truncated):
             return None
-        seed = self._seed + one.number
         return Episode(
-            episode_id=f"{self._prefix}/{seed}",
+            episode_id=f"{self._prefix}/{self._seed + one.number}",
             turns=tuple(one.turns),
             terminated=terminated,
             truncated=truncated,
             final_prompt=one.prompt if truncated else None,
             final_images=one.images if truncated else None,
             env_id=self.name,
-            seed=seed,
+            seed=one.seed,
         )
 
-    def _drop(self, number: int, turn: int | None, failure: Failure) -> EnvFailureError | None:
+    def _drop(self, number: int, seed: int, turn: int | None, failure: Failure) -> EnvFailureError | None:
         """Counts a failure; the error if it is one too many."""
         self.failures[failure.kind] += 1
         self.dropped.append(number)
         self._failures_in_a_row += 1
         when = "at the reset" if turn is None else f"on turn {turn}"
-        what = f"{self.name} {failure.did} {when} of the episode with seed {self._seed + number}"
+        what = f"{self.name} {failure.did} {when} of the episode with seed {seed}"
         if self._failures_in_a_row <= self._max_failures:
             logger.warning("%s; the episode is dropped (%s).", what, failure.kind)
             return None
@@ -399,9 +450,14 @@ def play_episodes(
         EnvFailureError: an environment raised, gave a reward that is not finite, ... (`env_pool.FAILURES`), more than
             `max_env_failures` times in a row; episodes that ended have been yielded.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}.")
-    _check_arguments(agent_format, num_envs, seed, max_turns, max_env_failures)
+    _check_arguments(
+        agent_format,
+        episodes=episodes,
+        num_envs=num_envs,
+        seed=seed,
+        max_turns=max_turns,
+        max_env_failures=max_env_failures,
+    )
     _check_policy(policy, workers)
     numbers = range(share[0], episodes, share[1])
 
@@ -441,7 +497,7 @@ def play_episodes(
 
 
 def collect_demonstrations(
-    env_id: str,
+    env_id: EnvSpec,
     *,
     policy: str | Demonstrator | Policy = "random",
     episodes: int,
@@ -458,14 +514,20 @@ def collect_demonstrations(
 ) -> datasets.Dataset:
     """A trajectory dataset of scripted play.
 
+    Episodes that have ended when an environment fails once too often stay on the disk; the error says where.
+
     Args:
-        env_id: a Gymnasium id; a policy given by name needs one of `vlmq_trl.envs`.
+        env_id: a Gymnasium id, or a function that makes a new environment; a policy given by name needs a
+            `TextActionEnv` with a script.
         policy: "expert", "random", "flawed", "flawed:0.3", a mixture such as "expert=0.5,random=0.5" (one member drawn
             per episode; `vlmq_trl.envs.make_demonstrator`), a function (env, rng) -> Decision, or a `Policy`.
         flaw_probability: how often "flawed" makes its mistake, at each action.
         workers: for a `Policy` only, one that does not look into the environment.
         cache_dir: where the data is written (`dataset_from_episodes`).
         Others: as `play_episodes`.
+
+    Raises:
+        TypeError, ValueError, EnvFailureError: as `play_episodes`.
     """
     check_format(agent_format)
     probe = make_env(env_id, env_kwargs)
@@ -489,7 +551,28 @@ def collect_demonstrations(
         max_env_failures=max_env_failures,
         progress=progress,
     )
-    return dataset_from_episodes(played, cache_dir=cache_dir)
+    failures: list[EnvFailureError] = []
+
+    def ended() -> Iterator[Episode]:
+        none_yet = True
+        try:
+            for episode in played:
+                none_yet = False
+                yield episode
+        except EnvFailureError as failure:
+            if none_yet:
+                raise
+            failures.append(failure)
+
+    ds = dataset_from_episodes(ended(), cache_dir=cache_dir)
+    if failures:
+        file, gone = ds.cache_files[0]["filename"], "" if cache_dir else " until this process ends"
+        raise EnvFailureError(
+            f"{failures[0]}\nThe {len(set(ds['episode_id']))} episodes that had ended, the last with the seed "
+            f"{max(ds['seed'])}, lie in {file}{gone}: open them with `datasets.Dataset.from_file`, collect the others "
+            "from another `seed`, and join them by `concatenate_trajectories`."
+        ) from failures[0]
+    return ds
 
 
 def episode_metrics(episodes: Iterable[Episode], confidence: float = 0.95) -> dict[str, float]:

@@ -4,7 +4,7 @@
     python -m vlmq_trl.show vlmq_trl/NumberLine-v0 --policy flawed:0.3
     python -m vlmq_trl.show vlmq_trl/Blackjack-v0 --model runs/my_agent --temperature 1 --episodes 3
 
-Contents: `show_episodes`, `env_option`.
+Contents: `show_episodes`, `check_folder`, `env_option`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def show_episodes(
 
     Args:
         env: a Gymnasium id, or a function that makes a new environment.
-        policy: a demonstrator's name ("expert", "random", "flawed:0.3", ...; then `env` is an id), or anything with
-            `act(requests)`, such as `ModelPolicy(model, processor)`.
+        policy: a demonstrator's name ("expert", "random", "flawed:0.3", ...), or anything with `act(requests)`, such
+            as `ModelPolicy(model, processor)`.
         folder: where the files go.
         Others: as `play_episodes`.
 
@@ -54,11 +54,11 @@ def show_episodes(
         The episodes that were played.
 
     Raises:
-        ValueError: a demonstrator for an environment that is not given by its id; bad numbers.
+        ValueError: an unknown id or demonstrator; bad numbers.
+        OSError: the files cannot be written; those of earlier episodes stay.
     """
+    check_folder(folder)
     if isinstance(policy, str):
-        if not isinstance(env, str):
-            raise ValueError(f"the policy {policy!r} needs an environment's id; pass a `Policy` to play a function's")
         demonstrator = make_demonstrator(env, policy)
         if agent_format is None:
             probe = make_env(env, env_kwargs)
@@ -77,15 +77,27 @@ def show_episodes(
         env_kwargs=env_kwargs,
         max_turns=max_turns,
     )
-    return list(EpisodeRecorder(folder, episodes, html=True).watch(played))
+    recorder = EpisodeRecorder(folder, episodes, html=True)
+    shown: list[Episode] = []
+    for episode in recorder.watch(played):
+        if recorder.error is not None:  # the files are what it is played for
+            raise OSError(f"only {len(shown)} of {episodes} episodes were written to {folder}: {recorder.error}")
+        shown.append(episode)
+    return shown
 
 
-def load_policy(name: str, temperature: float, max_completion_length: int) -> Policy:
-    """A saved model, adapter or Hub repository as a policy, on the GPU where there is one."""
-    from vlmq_trl.agent import VLMAgent
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuses a folder that could not be made or written to, before anything is loaded or played for it.
 
-    agent = VLMAgent.from_pretrained(name, temperature=temperature, max_completion_length=max_completion_length)
-    return agent.policy()
+    Raises:
+        OSError: names what is in the way.
+    """
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"no folder {path} can be made: {there} is a file; name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing may be written into {there}; name another folder than {path}")
 
 
 def env_option(text: str) -> tuple[str, Any]:
@@ -115,9 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="episodes", help="folder (default: episodes)")
-    parser.add_argument("--agent_format", choices=("plain", "json"), help="default: the environment's own")
+    parser.add_argument("--agent_format", choices=("plain", "json"), help="default: a model's, or the environment's")
     parser.add_argument("--temperature", type=float, default=0.0, help="of a model; 0 is greedy")
-    parser.add_argument("--max_completion_length", type=int, default=256, help="of a model, in tokens")
+    parser.add_argument("--max_completion_length", type=int, help="of a model, in tokens; default: what its card says")
     parser.add_argument("--max_turns", type=int)
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the environment")
     chosen = parser.parse_args(arguments)
@@ -135,16 +147,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _show(chosen: argparse.Namespace) -> list[Episode]:
     """What the command line asks for."""
+    check_folder(chosen.output)
     policy: Any = chosen.policy or "expert"
+    agent_format = make_format(chosen.agent_format) if chosen.agent_format else None
     if chosen.model is not None:
-        policy = load_policy(chosen.model, chosen.temperature, chosen.max_completion_length)
+        from vlmq_trl.agent import VLMAgent  # which needs torch
+
+        agent = VLMAgent.from_pretrained(
+            chosen.model,
+            agent_format=agent_format,
+            temperature=chosen.temperature,
+            max_completion_length=chosen.max_completion_length,
+        )
+        policy, agent_format = agent.policy(), agent.own_format()
     return show_episodes(
         chosen.env_id,
         policy,
         chosen.output,
         episodes=chosen.episodes,
         seed=chosen.seed,
-        agent_format=make_format(chosen.agent_format) if chosen.agent_format else None,
+        agent_format=agent_format,
         env_kwargs=dict(map(env_option, chosen.option)),
         max_turns=chosen.max_turns,
     )

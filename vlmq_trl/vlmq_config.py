@@ -126,6 +126,10 @@ class VLMQConfig(SFTConfig):
             The same of `rollout_action_temperature`, which then must be given.
         rollout_epsilon_start (`float`, *optional*):
             The same of `rollout_epsilon`.
+        rollout_repeat_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of the collected episodes whose environment is reset with the seed of an earlier one, drawn by how
+            much less than the best return that one last had (after prioritized level replay, arXiv 2010.03934). For
+            environments in which nothing that the agent cannot see hangs on the seed.
         rollout_annealing_turns (`int`, *optional*, defaults to `0`):
             Collected turns over which these move from their start, linearly, round by round.
         rollout_seed (`int`, *optional*, defaults to `10_000_000`):
@@ -243,6 +247,9 @@ class VLMQConfig(SFTConfig):
     rollout_epsilon_start: float | None = field(
         default=None, metadata={"help": "That of the first round; default: `rollout_epsilon`."}
     )
+    rollout_repeat_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the collected episodes that repeat an earlier one that went badly."}
+    )
     rollout_annealing_turns: int = field(
         default=0, metadata={"help": "Collected turns from the first round's temperatures and epsilon to the others."}
     )
@@ -334,6 +341,7 @@ class VLMQConfig(SFTConfig):
             "replay_prioritized_fraction",
             "rollout_epsilon",
             "rollout_epsilon_start",
+            "rollout_repeat_fraction",
             "stop_at_success",
         ):
             value = getattr(self, name)

@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
     part.replace(path)
+
+
+def make_room(output: Path, arguments: dict[str, Any]) -> None:
+    """Readies a run's folder: what an interrupted run with these arguments left there stays, so that it goes on."""
+    if read_json(output / "arguments.json") not in (None, arguments):
+        shutil.rmtree(output)
+    write_json(output / "arguments.json", arguments)
 
 
 def write_section(page: Path, name: str, text: str) -> None:

@@ -32,6 +32,7 @@ from examples.benchmarks.common import (
     command_line,
     describe,
     machine,
+    make_room,
     markdown_table,
     read_json,
     versions,
@@ -260,6 +261,7 @@ def work(run: LearningRun) -> None:
 
     start = time.perf_counter()
     output = ROOT / "runs" / "benchmarks" / run.name
+    make_room(output, run.arguments)
     argv = [*run.argv, "--output_dir", str(output), "--disable_tqdm", "true", "--save_strategy", "no"]
     found = train_agent.main(argv, long_format() if run.variant.startswith("long_") else None)
     (measured,) = found["methods"].values()

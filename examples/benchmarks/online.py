@@ -14,7 +14,6 @@ Runs share the seeds of validation and test with one another, and with `learning
 run, not computed again while its arguments are the present ones.
 """
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,8 +31,8 @@ from examples.benchmarks.common import (
     command_line,
     describe,
     machine,
+    make_room,
     markdown_table,
-    read_json,
     versions,
     write_json,
     write_section,
@@ -179,6 +178,7 @@ def work(run: OnlineRun) -> None:
     """Computes one run and writes its JSON."""
     output = ROOT / "runs" / "benchmarks" / "online" / run.name
     start = time.perf_counter()
+    make_room(output, run.arguments)
     measured = grpo(run, output) if run.variant.startswith("grpo") else vlmq(run, output)
     write_json(
         run.path,
@@ -198,10 +198,6 @@ def work(run: OnlineRun) -> None:
 def vlmq(run: OnlineRun, output: Path) -> dict[str, Any]:
     from examples import train_agent
 
-    # A run that was interrupted goes on, unless it had other arguments.
-    if read_json(output / "arguments.json") not in (None, run.arguments):
-        shutil.rmtree(output)
-    write_json(output / "arguments.json", run.arguments)
     argv = as_flags({**run.arguments, **CHOICES, "before_episodes": 0, "output_dir": output})
     found = train_agent.main([*argv, "--disable_tqdm", "true", "--save_steps", "200"])
     return {"data": found["data"], **found["methods"]["vlmq"]}

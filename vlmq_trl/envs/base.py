@@ -3,7 +3,8 @@
 
 A string that `parse_env` does not understand never raises: it costs `invalid_penalty` and does what `on_invalid` says.
 
-Contents: `TextActionEnv`; `Script`, scripted play of one episode; `FreeText`, the space of observations' texts.
+Contents: `TextActionEnv`; `Script`, scripted play of one episode; `FreeText`, the space of observations' texts; for
+environments around others, `MAX_TURNS`, `check_counts` and `checked_reward`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ OnInvalid = Literal["noop", "random", "terminate"]
 ON_INVALID = ("noop", "random", "terminate")
 SUCCESS_RULE = "an episode is a success when its undiscounted return is positive"
 MAX_ACTION_LENGTH = 512
+MAX_TURNS = 1000  # of an environment around another one whose own limit is not known
 
 
 class FreeText(spaces.Text):
@@ -32,6 +34,31 @@ class FreeText(spaces.Text):
 
     def contains(self, x: Any) -> bool:
         return isinstance(x, str) and len(x) <= self.max_length
+
+
+def check_counts(owner: str, **counts: Any) -> None:
+    """Refuses a number of things that is no whole number of at least 1.
+
+    Raises:
+        ValueError: names the owner and the argument.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{owner}: {name} must be a whole number of at least 1, not {count!r}")
+
+
+def checked_reward(reward: Any) -> float:
+    """What an environment gave as its reward, as a number, which need not be finite.
+
+    Raises:
+        ValueError: it is none; a string of digits is none either.
+    """
+    try:
+        if not isinstance(reward, str | bytes):
+            return float(reward)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"the environment gave the reward {reward!r:.100}, not a number")
 
 
 class TextActionEnv(gymnasium.Env[Observation, str]):

@@ -41,11 +41,13 @@ class Decision:
 Demonstrator = Callable[[gymnasium.Env, np.random.Generator], Decision]
 
 
-def make_demonstrator(env_id: str, policy: str, flaw_probability: float = 0.6) -> Demonstrator:
+def make_demonstrator(
+    env_id: str | Callable[..., gymnasium.Env], policy: str, flaw_probability: float = 0.6
+) -> Demonstrator:
     """A demonstrator for an environment that has a script.
 
     Args:
-        env_id: a registered Gymnasium id; its environment is a `TextActionEnv`.
+        env_id: a registered Gymnasium id, or a function that makes one; the environment is a `TextActionEnv`.
         policy: "expert", "random" (as a rule uniform over the legal actions), "flawed" (expert, but at each action the
             environment's systematic mistake with `flaw_probability`; "flawed:0.3" sets it here), or a mixture with
             weights, "expert=0.5,flawed:0.3=0.5", of which one member is drawn for each episode.
@@ -57,10 +59,20 @@ def make_demonstrator(env_id: str, policy: str, flaw_probability: float = 0.6) -
 
     Raises:
         ValueError: the id or the policy is unknown, or a probability or weight is out of range.
+        TypeError: `env_id` is neither an id nor a function.
     """
-    name = env_id.rpartition(":")[2]  # Gymnasium's "module:id" imports the module first
-    if name not in gymnasium.registry and ":" not in env_id:
-        raise ValueError(f"no demonstrator for {env_id!r}, which is not registered; `python -m vlmq_trl.envs` lists")
+    name = None
+    if isinstance(env_id, str):
+        name = env_id.rpartition(":")[2]  # Gymnasium's "module:id" imports the module first
+        if name not in gymnasium.registry and ":" not in env_id:
+            raise ValueError(
+                f"no demonstrator for {env_id!r}, which is not registered; `python -m vlmq_trl.envs` lists"
+            )
+    elif not callable(env_id):
+        raise TypeError(
+            f"no demonstrator for a {type(env_id).__name__}; give a Gymnasium id, or a function that makes the "
+            "environment"
+        )
     members = _parse_policy(policy, flaw_probability)
     shares = np.array([member.weight for member in members])
     shares = shares / shares.sum()
@@ -73,7 +85,7 @@ def make_demonstrator(env_id: str, policy: str, flaw_probability: float = 0.6) -
                 f"a demonstrator plays environments that have a script (TextActionEnv), not {type(game).__name__}; "
                 "give a function (env, rng) -> Decision as the policy instead of a name"
             )
-        if env.spec is not None and env.spec.id != name:
+        if name is not None and env.spec is not None and env.spec.id != name:
             raise TypeError(f"this demonstrator plays {name}, not {env.spec.id}")
         member = members[0]
         if len(members) > 1:

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from vlmq_trl.envs.base import OnInvalid, TextActionEnv
+from vlmq_trl.envs.base import MAX_TURNS, OnInvalid, TextActionEnv, check_counts, checked_reward
 from vlmq_trl.envs.domain import Domain
 
 Action = Mapping[str, Any] | Callable[[str], Any | None]
@@ -83,7 +83,8 @@ class OpenEnvAdapter(TextActionEnv):
         text_length: the longest text, in characters.
         truncated: (observation) -> whether this is a truncation; by default, where the observation or its metadata has
             a true "truncated" or "TimeLimit.truncated".
-        max_turns: turns after which an episode is truncated.
+        max_turns: turns after which an episode is truncated, since invalid actions alone would never end one: the
+            server does not see them.
         connect_timeout: seconds for which a reset tries to reach the server, one that is starting for example.
         message_timeout: seconds for an answer of the server; for a URL only.
         invalid_penalty, on_invalid: as in `TextActionEnv`. The penalty is 0 here: what is little beside a reward
@@ -108,7 +109,7 @@ class OpenEnvAdapter(TextActionEnv):
         picture_size: tuple[int, int] | None = None,
         text_length: int = 4096,
         truncated: Callable[[Any], bool] | None = None,
-        max_turns: int | None = None,
+        max_turns: int = MAX_TURNS,
         connect_timeout: float = 10.0,
         message_timeout: float = 60.0,
         render_mode: str | None = None,
@@ -117,8 +118,7 @@ class OpenEnvAdapter(TextActionEnv):
     ) -> None:
         if text is None and picture is None:
             raise ValueError("OpenEnvAdapter: say by `text` or `picture` what of the observation the agent sees")
-        if max_turns is not None and max_turns < 1:
-            raise ValueError(f"OpenEnvAdapter: max_turns must be at least 1, got {max_turns}")
+        check_counts("OpenEnvAdapter", max_turns=max_turns)
         if not (connect_timeout > 0 and message_timeout > 0):
             raise ValueError(f"OpenEnvAdapter: timeouts must be above 0, got {connect_timeout} and {message_timeout}")
         if render_mode is not None and picture is None:
@@ -129,7 +129,7 @@ class OpenEnvAdapter(TextActionEnv):
         self._task_of, self._text_of, self._picture_of = task, text, picture
         self._truncated_of = truncated or _says_truncated
         self.task = self._task(None) if isinstance(task, str) else ""
-        self.max_turns, self.connect_timeout = max_turns, connect_timeout
+        self.max_turns, self.connect_timeout = int(max_turns), connect_timeout
         self.text_length = text_length if text is not None else 0
         self.picture_size = picture_size if picture is not None else None
         self._seen: Any = None  # the server's last observation
@@ -195,7 +195,7 @@ class OpenEnvAdapter(TextActionEnv):
             raise self._lost("step", error, native) from error
         self._see(result)
         truncated = bool(self._truncated_of(result.observation))
-        reward = 0.0 if result.reward is None else float(result.reward)
+        reward = 0.0 if result.reward is None else checked_reward(result.reward)
         return reward, bool(result.done) and not truncated, truncated
 
     def _see(self, result: Any) -> None:

@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import copy
 import string
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.spaces.text import alphanumeric
+from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 
-from vlmq_trl.envs.base import Observation, OnInvalid, TextActionEnv
+from vlmq_trl.envs.base import MAX_TURNS, Observation, OnInvalid, TextActionEnv, check_counts, checked_reward
 
 TaskOf = Callable[[gymnasium.Env, Any], str]
 TextOf = Callable[[gymnasium.Env, Any, dict[str, Any]], str]
 PictureOf = Callable[[gymnasium.Env, Any], NDArray[np.uint8]]
+
+RESET = ("observation", "info")
+STEP = ("observation", "reward", "terminated", "truncated", "info")
 
 
 class VLMAgentWrapper(TextActionEnv):
@@ -35,20 +42,23 @@ class VLMAgentWrapper(TextActionEnv):
     Args:
         env: the environment. It renders "rgb_array", unless `picture` is given.
         actions: words for the actions of a discrete space, or for any other actions; None hands the model's string to
-            the environment, whose action space is then `spaces.Text`.
+            the environment, whose action space is then `spaces.Text`. A blank string is never an action.
         task: what to do, for the prompt, or a function (environment, its first observation) -> that, asked at each
             reset; the actions are listed behind it.
         text: (environment, its observation, its info) -> text shown beside the picture; None shows none.
         text_length: the longest such text, in characters; longer ones lose their end.
-        picture: (environment, its observation) -> uint8 [H, W, 3]; None takes `env.render()`. "observation" takes the
-            observation itself.
+        picture: (environment, its observation) -> uint8 [H, W, 3], all of one size; None takes `env.render()`.
+            "observation" takes the observation itself.
         frame_skip: how often the action is repeated, rewards added; 1 for turn-based environments.
-        max_turns: turns after which an episode is truncated, beside the environment's own limit.
+        max_turns: turns after which an episode is truncated. The environment's own limit counts the actions that reach
+            it, so that invalid ones alone would never end an episode. None takes that limit, if it is a `TimeLimit`
+            (100 steps are 25 turns of 4 frames each), else 1000 turns.
         invalid_penalty, on_invalid: as in `TextActionEnv`. The penalty is 0 here: what is little beside a reward
             depends on the environment, and large ones make a failure of an episode that reached its goal.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the environment; says which and why.
+        TypeError, ValueError: an argument does not fit the environment, or the environment does not keep to
+            Gymnasium's interface (from `reset` and `step`, too); says which and why.
     """
 
     reset_options = None  # the environment's own
@@ -68,10 +78,20 @@ class VLMAgentWrapper(TextActionEnv):
         invalid_penalty: float = 0.0,
         on_invalid: OnInvalid = "noop",
     ) -> None:
+        if isinstance(env, gymnasium.vector.VectorEnv):
+            raise TypeError(
+                f"VLMAgentWrapper wraps a single environment, got {type(env).__name__}; make one with gymnasium.make "
+                "(`num_envs` of `play_episodes` plays several)"
+            )
+        if isinstance(env, str):
+            raise TypeError(f"VLMAgentWrapper wraps an environment, got the string {env!r}; pass gymnasium.make(...)")
         if not isinstance(env, gymnasium.Env):
             raise TypeError(f"VLMAgentWrapper wraps an environment, got {type(env).__name__}; make it first")
-        if frame_skip < 1 or (max_turns is not None and max_turns < 1):
-            raise ValueError(f"frame_skip and max_turns must be at least 1, got {frame_skip} and {max_turns}")
+        check_counts("VLMAgentWrapper", frame_skip=frame_skip)
+        if max_turns is None:
+            limit = _step_limit(env)
+            max_turns = MAX_TURNS if limit is None else -(-limit // frame_skip)  # rounded up
+        check_counts("VLMAgentWrapper", max_turns=max_turns)
         if picture is None and env.render_mode != "rgb_array":
             raise ValueError(
                 f"the environment renders {env.render_mode!r}; make it with render_mode='rgb_array', or say by "
@@ -91,22 +111,32 @@ class VLMAgentWrapper(TextActionEnv):
         self.task = self._task() if isinstance(task, str) else ""
         self._text_of, self._picture_of, self.frame_skip = text, picture, frame_skip
         self.text_length = text_length if text is not None else 0
-        self.max_turns = max_turns
+        self.max_turns = int(max_turns)
         self._seen: Any = None  # the environment's last observation
         self._info: dict[str, Any] = {}  # and its last info
         self._news: dict[str, Any] = {}  # that info, until it is handed on
         self._probed = False  # whether the environment was seeded to look at it
+        self.picture_size = None  # not known yet
         self.picture_size = self._find_picture_size()
         super().__init__(render_mode, invalid_penalty, on_invalid)
         self.metadata = {**self.metadata, "render_fps": env.metadata.get("render_fps", 4)}
         if self.actions is None:
             assert isinstance(env.action_space, spaces.Text)
+            if env.action_space.character_set == alphanumeric:
+                warnings.warn(
+                    "The environment's action space is spaces.Text with its default charset, letters and digits: an "
+                    "action with a space or a sign in it, such as 'go north', is invalid. If there are any, give the "
+                    "space a charset, such as string.printable.",
+                    stacklevel=2,
+                )
             longest = env.action_space.max_length
             self.action_space = spaces.Text(max_length=longest, min_length=0, charset=string.printable)
 
     @staticmethod
     def _checked_actions(actions: Mapping[str, Any], space: spaces.Space) -> dict[str, Any]:
         """`actions` with their words in lower case, each a member of the environment's action space."""
+        if not isinstance(actions, Mapping):
+            raise TypeError(f"actions must map words to actions, {{'left': 0, 'right': 1}}, not {actions!r:.100}")
         words = {str(word).strip().lower(): action for word, action in actions.items()}
         if not words or "" in words or len(words) < len(actions):
             raise ValueError(f"actions must be distinct, not blank, whatever their case; got {list(actions)}")
@@ -122,16 +152,20 @@ class VLMAgentWrapper(TextActionEnv):
             if not (isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3):
                 raise ValueError(f"the observation is no picture but {space}; leave out picture='observation'")
             return int(space.shape[0]), int(space.shape[1])
-        self._seen, self._info = self.env.reset(seed=0)
+        self._seen, self._info = _checked("reset", self.env.reset(seed=0), RESET)
         self._probed = True
         height, width, _ = self._picture().shape
         return height, width
 
     def parse_env(self, action: Any) -> Any | None:
-        """The action's word; without words, the string itself if the environment's space has it."""
+        """The action's word; without words, the string itself if the environment's space has it and it is not blank.
+
+        A response without an action arrives here as "", which a space of `min_length` 0 has.
+        """
         if self.actions is not None:
             return super().parse_env(action)
-        return action if isinstance(action, str) and self.env.action_space.contains(action) else None
+        is_action = isinstance(action, str) and action.strip() and self.env.action_space.contains(action)
+        return action if is_action else None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -152,7 +186,7 @@ class VLMAgentWrapper(TextActionEnv):
         if seed is None and self._probed:
             seed = int(self.np_random.integers(2**31))
         self._probed = False
-        self._seen, self._info = self.env.reset(seed=seed, options=options or None)
+        self._seen, self._info = _checked("reset", self.env.reset(seed=seed, options=options or None), RESET)
         self._news = self._info
         self.task = self._task()
 
@@ -167,8 +201,9 @@ class VLMAgentWrapper(TextActionEnv):
         native = action if self.actions is None else self.actions[action]
         total = 0.0
         for _ in range(self.frame_skip):
-            self._seen, reward, terminated, truncated, self._info = self.env.step(native)
-            total += float(reward)
+            answer = self.env.step(copy.deepcopy(native))  # environments may change an action in place
+            self._seen, reward, terminated, truncated, self._info = _checked("step", answer, STEP)
+            total += checked_reward(reward)
             if terminated or truncated:
                 break
         self._news = self._info
@@ -180,10 +215,15 @@ class VLMAgentWrapper(TextActionEnv):
         else:
             shown = self._seen if self._picture_of == "observation" else self.env.render()
         picture = np.array(shown)  # a copy: environments may draw every picture into the same buffer
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             raise ValueError(
                 f"the environment's picture is {picture.dtype} of shape {list(picture.shape)}, not uint8 [H, W, 3]; "
                 "give a function as `picture`"
+            )
+        if self.picture_size is not None and picture.shape[:2] != self.picture_size:
+            raise ValueError(
+                f"the environment's picture has the shape {list(picture.shape)}, not {[*self.picture_size, 3]} as "
+                "before; give a function as `picture` that scales or pads all to one size"
             )
         return picture
 
@@ -196,3 +236,36 @@ class VLMAgentWrapper(TextActionEnv):
 
     def close(self) -> None:
         self.env.close()
+
+
+def _step_limit(env: gymnasium.Env) -> int | None:
+    """The steps after which the environment's `TimeLimit` truncates; None where it has none.
+
+    `env.spec` tells less: it is None for an environment that is not registered.
+    """
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, TimeLimit):
+            return env._max_episode_steps
+        env = env.env
+    return None
+
+
+def _checked(method: str, answer: Any, names: tuple[str, ...]) -> Any:
+    """What the environment's method gave, the values of these names.
+
+    Raises:
+        TypeError: these are not the values that Gymnasium asks for, as in the old `gym`.
+    """
+    if not isinstance(answer, tuple) or len(answer) != len(names):
+        count = {2: "two", 5: "five"}[len(names)]
+        given = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
+        raise TypeError(
+            f"the environment's {method} gave {given}, not Gymnasium's {count} values ({', '.join(names)}); mend it, "
+            "or wrap an environment of the old gym with shimmy"
+        )
+    if not isinstance(answer[-1], Mapping):
+        raise TypeError(
+            f"the environment's {method} gave {type(answer[-1]).__name__} as its info, not a dictionary; give {{}} "
+            "where there is nothing to say"
+        )
+    return answer

@@ -69,6 +69,7 @@ class OnlineData:
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
         self.priorities = Priorities() if args.replay_prioritized_fraction else None
         self.run = int(buffer.counters.get("run", 0))  # whose play it is
+        self.returns = dict(self._known_returns()) if args.rollout_repeat_fraction else {}  # the last, by seed
         self._failures_before = int(buffer.counters.get("env_failures", 0))
         self._counts: dict[str, int] | None = None  # of all processes, when they last counted
 
@@ -216,8 +217,10 @@ class OnlineData:
         )
         complete = False
         try:
-            for episode in self.rollouts.play(self._exploring(policy, round), numbers()):
+            for episode in self.rollouts.play(self._exploring(policy, round), numbers(), self._seed_of):
                 buffer.append(episode, round=round)
+                if episode.seed is not None and self.args.rollout_repeat_fraction:
+                    self.returns[episode.seed] = sum(turn.reward for turn in episode.turns)
                 played.episodes.append(measures(episode))
                 bar.update(len(episode.turns))
                 if time.perf_counter() - last_commit > COMMIT_SECONDS:
@@ -231,6 +234,22 @@ class OnlineData:
         played.responses = getattr(policy, "responses", 0)
         played.retokenized = getattr(policy, "retokenized", 0)
         return played
+
+    def _known_returns(self) -> Iterator[tuple[int, float]]:
+        """Seed and return of the collected episodes, in order."""
+        play = self.buffer.dataset("online").select_columns(["episode_id", "seed", "reward"]).to_pandas()
+        for _, episode in play.groupby("episode_id", sort=False):
+            yield int(episode["seed"].iloc[0]), float(episode["reward"].sum())
+
+    def _seed_of(self, number: int) -> int:
+        """Of an episode: a new one, or that of an earlier one that went badly."""
+        rng = np.random.default_rng((self.args.rollout_seed, number, 2))
+        if rng.random() < self.args.rollout_repeat_fraction and self.returns:
+            returns = np.array(list(self.returns.values()))
+            lacking = returns.max() - returns
+            if lacking.any():
+                return int(rng.choice(list(self.returns), p=lacking / lacking.sum()))
+        return self.args.rollout_seed + number
 
     def _exploring(self, policy: Policy, round: int) -> Policy:
         epsilon = exploration(self.args, "rollout_epsilon", self.schedule.turns_before(round))

@@ -33,23 +33,26 @@ class EpisodeRecorder:
         folder: where the files go.
         count: how many episodes, the first ones, are recorded.
         html: also write each as a page that stands alone (`page.episode_page`).
+
+    Attributes:
+        error: what ended the recording early; None if nothing did.
     """
 
     def __init__(self, folder: str | os.PathLike, count: int = 4, html: bool = False):
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}.")
         self.folder, self.count, self.html = Path(folder), count, html
+        self.error: OSError | None = None
 
     def watch(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
         """Yields all episodes as they are. Where the disk does not take a file, one warning ends the recording."""
-        recording = True
+        self.error = None
         for number, episode in enumerate(episodes):
-            recording = recording and number < self.count
-            if recording and episode.turns:
+            if self.error is None and number < self.count and episode.turns:
                 try:
                     self._record(number, episode)
                 except OSError as error:
-                    recording = False
+                    self.error = error
                     warn(f"Episodes are no longer recorded into {self.folder}: {error}", stacklevel=2)
             yield episode
 

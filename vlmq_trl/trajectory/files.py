@@ -6,9 +6,12 @@ Contents: `save_trajectories`, `load_trajectories`, `concatenate_trajectories`, 
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,15 +22,30 @@ from datasets.table import embed_table_storage
 
 from .validation import TrajectoryError, validate_trajectories
 
+# Words by which files of parquet say of which split they are.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
 
 def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_format: str = "arrow") -> None:
     """Write a dataset to the folder `path`: "arrow" (`save_to_disk`, memory-mapped when loaded) or "parquet" (smaller,
-    and what the Hub streams). A dataset of the same format that is there already is replaced.
+    and what the Hub streams). A dataset of the same format that is there already is replaced, as soon as the new one
+    is whole; where it is open, this one too, it can be read on.
 
     Raises:
+        TypeError: `ds` is no `datasets.Dataset`.
         ValueError: an unknown format.
         FileExistsError: the folder holds a dataset in other files, which `load_trajectories` would read as well.
     """
+    if not isinstance(ds, datasets.Dataset):
+        raise TypeError(
+            f"save_trajectories takes a datasets.Dataset, got {type(ds).__name__}. Save each split of a DatasetDict "
+            "by itself; episodes become a dataset by `dataset_from_episodes(episodes)`, a stream by "
+            "`dataset_from_episodes(episodes_from_dataset(stream))`."
+        )
     if file_format not in ("arrow", "parquet"):
         raise ValueError(f"file_format must be 'arrow' or 'parquet', got {file_format!r}.")
     folder = Path(path)
@@ -39,15 +57,34 @@ def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_for
         raise FileExistsError(
             f"{folder} holds another dataset ({foreign[0]}); save to a new folder, or remove that dataset first."
         )
-    if file_format == "arrow":
-        ds.save_to_disk(str(folder))
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        if file_format == "arrow":
+            ds.save_to_disk(work)
+            _take_over(Path(work), folder)
+        else:
             # Images that are files of their own, as a replay buffer's, go into the parquet file.
             cache = {"cache_file_name": f"{work}/embedded.arrow", "desc": "taking the images in"}
             embedded = ds.with_format("arrow").map(embed_table_storage, batched=True, batch_size=500, **cache)
-            embedded.with_format(None).to_parquet(str(own), batch_size=500)
+            # Not called .parquet: a kill may leave it, and `load_trajectories` reads what is.
+            embedded.with_format(None).to_parquet(f"{work}/whole", batch_size=500)
+            os.replace(f"{work}/whole", own)
+
+
+def _take_over(new: Path, folder: Path) -> None:
+    """Moves what `save_to_disk` wrote in `new` to `folder`. `state.json`, which lists the data files, comes last: up
+    to then the dataset that was there is the one that is loaded."""
+    old = json.loads((folder / "state.json").read_text())["_data_files"] if (folder / "state.json").exists() else []
+    state = json.loads((new / "state.json").read_text())
+    for file in state["_data_files"]:
+        name = f"data-{uuid.uuid4().hex}.arrow"  # the old ones' names are taken
+        os.replace(new / file["filename"], folder / name)
+        file["filename"] = name
+    (new / "state.json").write_text(json.dumps(state, indent=2))
+    for name in ("dataset_info.json", "state.json"):
+        os.replace(new / name, folder / name)
+    for file in old:
+        (folder / file["filename"]).unlink(missing_ok=True)
 
 
 def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
@@ -59,19 +96,54 @@ def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datas
 
     Raises:
         FileNotFoundError: there is no such data.
+        ValueError: the names of the parquet files tell several splits, such as train and test.
+    """
+    files = trajectory_files(path)
+    if files[0].name == "state.json":
+        ds = datasets.load_from_disk(str(path))
+        return ds.to_iterable_dataset() if streaming else ds
+    return datasets.load_dataset(
+        "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
+    )
+
+
+def trajectory_files(path: str | os.PathLike) -> list[Path]:
+    """What `load_trajectories(path)` reads: the `state.json` of a dataset on disk, or files of parquet.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_trajectories`.
     """
     folder = Path(path)
     if (folder / "state.json").is_file():
-        ds = datasets.load_from_disk(str(folder))
-        return ds.to_iterable_dataset() if streaming else ds
-    files = sorted(str(file) for file in folder.glob("**/*.parquet")) if folder.is_dir() else []
+        return [folder / "state.json"]
     if folder.is_file() and folder.suffix == ".parquet":
-        files = [str(folder)]
+        return [folder]
+    files = sorted(folder.glob("**/*.parquet"))
     if not files:
         raise FileNotFoundError(
             f"No trajectories at {folder}: neither a dataset saved by save_trajectories nor parquet files."
         )
-    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    splits = {split: file for file in files if (split := _split_of(file.relative_to(folder)))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(sorted(splits))} ({', '.join(str(f) for f in splits.values())}), "
+            "which would become one dataset. Give one file, or a folder with the files of one split."
+        )
+    return files
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name, or else that of a folder around it, tells.
+
+    >>> _split_of(Path("data/test/part-0.parquet")), _split_of(Path("play.parquet"))
+    ('test', None)
+    """
+    for part in reversed(file.parts):
+        words = set(re.split(r"[\W_]+", part.lower()))
+        found = next((split for split, known in SPLITS.items() if words & set(known)), None)
+        if found:
+            return found
+    return None
 
 
 def concatenate_trajectories(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
