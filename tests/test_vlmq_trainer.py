@@ -318,6 +318,14 @@ def test_evaluation_datasets_are_not_mistaken_for_one_another(tmp_path):
         assert (loss == expected) == (rows == range(first, last))
 
 
+@pytest.mark.parametrize(("own", "warned"), [(PlainFormat(), True), (None, False)])
+def test_data_of_another_format_than_the_play_s(tmp_path, own, warned, recwarn):
+    """The data answers in JSON, as the environment's default asks."""
+    make_trainer(tmp_path, init={"eval_env": NUMBER_LINE, "agent_format": own})
+    said = [str(one.message) for one in recwarn if "finds the action in none" in str(one.message)]
+    assert bool(said) == warned and all("PlainFormat, in which the agent will play" in text for text in said)
+
+
 def test_an_evaluation_does_not_take_the_training_logs(tmp_path):
     """An evaluation between two logs leaves what training has recorded to the next log."""
     trainer = make_trainer(
