@@ -69,7 +69,7 @@ class OnlineData:
         self.end = buffer.num_offline  # rows of the buffer that the learner draws from end here
         self.priorities = Priorities() if args.replay_prioritized_fraction else None
         self.run = int(buffer.counters.get("run", 0))  # whose play it is
-        self.returns = dict(self._known_returns()) if args.rollout_repeat_fraction else {}  # the last, by seed
+        self.returns: dict[int, float] = {}  # the last of each seed, as a round began
         self._failures_before = int(buffer.counters.get("env_failures", 0))
         self._counts: dict[str, int] | None = None  # of all processes, when they last counted
 
@@ -203,6 +203,8 @@ class OnlineData:
         played = Played()
         start = last_commit = time.perf_counter()
         before = self.own_turns
+        if self.args.rollout_repeat_fraction:
+            self.returns = dict(self._known_returns())
 
         def numbers() -> Iterator[int]:
             while self.own_turns + buffer.pending_turns + self.rollouts.turns_running < goal:
@@ -219,8 +221,6 @@ class OnlineData:
         try:
             for episode in self.rollouts.play(self._exploring(policy, round), numbers(), self._seed_of):
                 buffer.append(episode, round=round)
-                if episode.seed is not None and self.args.rollout_repeat_fraction:
-                    self.returns[episode.seed] = sum(turn.reward for turn in episode.turns)
                 played.episodes.append(measures(episode))
                 bar.update(len(episode.turns))
                 if time.perf_counter() - last_commit > COMMIT_SECONDS:
@@ -236,7 +236,7 @@ class OnlineData:
         return played
 
     def _known_returns(self) -> Iterator[tuple[int, float]]:
-        """Seed and return of the collected episodes, in order."""
+        """Seed and return of the episodes that the buffer keeps, in order."""
         play = self.buffer.dataset("online").select_columns(["episode_id", "seed", "reward"]).to_pandas()
         for _, episode in play.groupby("episode_id", sort=False):
             yield int(episode["seed"].iloc[0]), float(episode["reward"].sum())
