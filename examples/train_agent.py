@@ -262,7 +262,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
     def once(defaults: dict[str, Any]) -> tuple[AgentArguments, VLMQConfig, ModelConfig]:
         # 200 arguments in a usage line would bury the message of an error.
         usage = "%(prog)s [--config FILE.yaml] [--argument value ...]; --help lists them all"
-        parser = TrlParser([AgentArguments, VLMQConfig, ModelConfig], usage=usage)
+        parser = TrlParser([AgentArguments, VLMQConfig, ModelConfig], usage=usage, allow_abbrev=False)
         parser.set_defaults_with_config(**defaults)
         try:
             parsed = parser.parse_args_and_config(args=argv)
