@@ -289,3 +289,14 @@ def test_a_greedy_answer_has_no_distribution():
         requests_for(["up"], "llama")
     )
     assert response.behavior_logprobs is None, "not asked for"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_weights_are_told(temperature):
+    """Greedily NaN would be an answer like any other."""
+    model, processor = tiny_models.build("llama")
+    policy = ModelPolicy(model, processor, temperature=temperature, max_completion_length=2)
+    policy.act(requests_for(["up"], "llama"))
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="Lower it, or `max_grad_norm`"):
+        policy.act(requests_for(["down"], "llama"))

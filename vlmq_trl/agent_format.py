@@ -48,6 +48,7 @@ class Exchange:
 
 
 INVALID = ParsedAction("", False)
+FORMAT_SAMPLE = 64  # rows of a data set that show in which format they answer
 
 
 def _accept(action: str) -> ParsedAction:
@@ -473,6 +474,25 @@ def action_of(agent_format: AgentFormat, response: str) -> ParsedAction:
     if not (isinstance(parsed, ParsedAction) and isinstance(parsed.action, str)):
         raise TypeError(f"{method} gave {parsed!r:.100}. {wanted}")
     return parsed
+
+
+def warn_of_another_format(agent_format: AgentFormat, dataset: Any) -> None:
+    """Says so if the format that will read the agent's answers finds no action in those that it learns from."""
+    if "action" not in dataset.column_names:
+        return
+    columns = [name for name in ("completion", "action", "valid") if name in dataset.column_names]
+    rows = dataset.select_columns(columns).select(range(min(FORMAT_SAMPLE, len(dataset))))
+    valid = [row for row in rows if row["action"] and row.get("valid", True)]
+    told = [(row["completion"][0]["content"], row["action"]) for row in valid]
+    read = [(action_of(agent_format, response).action, action) for response, action in told]
+    if read and not any(found.strip().casefold() == action.strip().casefold() for found, action in read):
+        response, action = told[0]
+        warnings.warn(
+            f"{type(agent_format).__name__}, in which the agent will play, finds the action in none of the first "
+            f"{len(told)} valid responses of the training data, {action!r} in {response!r:.100} for instance. Give "
+            "the trainer the `agent_format` that the data was made with.",
+            stacklevel=3,
+        )
 
 
 def check_format(agent_format: Any) -> None:

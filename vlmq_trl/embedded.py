@@ -45,6 +45,8 @@ GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 # Optimiser steps that each game's reading takes, found by looking at the accuracy on fresh states.
 LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800}
 OTHER_LESSON_STEPS = 800
+# Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
+WORDY = ("vlmq_trl/ALFWorld", "vlmq_trl/MiniWoB")
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them.
 EVERYONE = ("expert", "flawed", "random")
@@ -80,6 +82,8 @@ class EmbeddedRecipe:
             one of the 7 x 7 cells, and 128 otherwise.
         scale_factor: patches to an image token, along each side; None takes 1 for Points24, whose formula is written
             small, and for BabyAI's cells, and 2 otherwise.
+        vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
+            otherwise.
     """
 
     games: tuple[str, ...] = GAMES
@@ -96,7 +100,7 @@ class EmbeddedRecipe:
     vision_layers: int = 4
     hidden_size: int = 192
     layers: int = 3
-    vocab_size: int = 512
+    vocab_size: int | None = None
     version: int = 2
 
     def __post_init__(self):
@@ -111,6 +115,12 @@ class EmbeddedRecipe:
             object.__setattr__(self, "scale_factor", 1 if points24 or babyai else 2)
         if self.states is None:
             object.__setattr__(self, "states", 12_000 if points24 else 6_000)
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", 2048 if self.wordy else 512)
+
+    @property
+    def wordy(self) -> bool:
+        return all(game.startswith(WORDY) for game in self.games)
 
     @property
     def num_steps(self) -> int:
@@ -193,7 +203,9 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
     others = [game for game in recipe.games if game not in GAMES]
     if others:
         values += r'|(?<="action": ")[^"]+'  # the tokens before an action do not depend on it
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if recipe.wordy:
+        values = values.rpartition("|")[2]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=recipe.wordy)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(values), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     roles = ["<system>", "<user>", "<assistant>"]
@@ -330,6 +342,15 @@ class _Lesson:
         readings = [processor.tokenizer(row["reading"], add_special_tokens=False)["input_ids"] for row in rows]
         return cls(game, prompt_ids, readings, torch.stack(pixels), processor.tokenizer.pad_token_id)
 
+    def draw(self, rng: np.random.Generator, count: int, alike: bool) -> np.ndarray:
+        """Random rows; `alike`: of similar length, so that little of the batch is padding."""
+        rows = rng.integers(len(self.reading_ids), size=8 * count if alike else count)
+        if not alike:
+            return rows
+        lengths = [len(self.prompt_ids[i]) + len(self.reading_ids[i]) for i in rows]
+        first = count * int(rng.integers(8))
+        return rows[np.argsort(lengths, kind="stable")][first : first + count]
+
     def batch(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
         """[B, T] right-padded ids, mask and labels (-100 on prompt and padding), and pixel values."""
         ids = [self.prompt_ids[i] + self.reading_ids[i] for i in rows]
@@ -365,7 +386,7 @@ def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: i
     bar = tqdm(range(steps), desc=desc, unit="step", disable=not progress)
     for step in bar:
         lesson = lessons[step % len(lessons)]
-        rows = rng.integers(len(lesson.reading_ids), size=recipe.batch_size)
+        rows = lesson.draw(rng, recipe.batch_size, alike=recipe.wordy)
         loss = model(**lesson.batch(rows, model.device)).loss
         optimizer.zero_grad()
         loss.backward()

@@ -110,6 +110,7 @@ class ModelPolicy:
 
     Raises:
         ValueError: `logprobs` or `action_temperature` with temperature 0; `action_temperature` without `agent_format`.
+        FloatingPointError: from `act`, if the model's logits are not numbers.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class ModelPolicy:
             **kwargs,
         ).to(self.model.device)
         start = inputs["input_ids"].shape[1]
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([_check_logits])
         if self.action_temperature is not None and self.agent_format is not None:
             factor = self.temperature / self.action_temperature
             legal_actions = [legal for _, _, legal in rows]
@@ -213,6 +214,16 @@ class ModelPolicy:
             return log_probs[:end]
         self.retokenized += 1
         return None
+
+
+def _check_logits(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor: a broken model would answer nonsense greedily, and sampling says nothing of the cause."""
+    if not torch.isfinite(scores.amax(-1)).all():
+        raise FloatingPointError(
+            "The model's logits are not finite: its weights are broken, as by an update with too high a "
+            "`learning_rate`. Lower it, or `max_grad_norm`, and go on from a checkpoint of before."
+        )
+    return scores
 
 
 class ActionLogits(LogitsProcessor):

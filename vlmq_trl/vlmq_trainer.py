@@ -47,7 +47,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 
 from . import losses
 from .agent import CARD_NAME, agent_card
-from .agent_format import AgentFormat, action_of, check_format, default_format
+from .agent_format import AgentFormat, check_format, default_format, warn_of_another_format
 from .checkpoints import TRAINING_STATE, load_weights, newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
@@ -73,7 +73,6 @@ from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
-FORMAT_SAMPLE = 64  # rows of the training data that show in which format they answer
 PRIORITIES_NAME = "replay_priorities-{}.npz"  # of each process
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
@@ -179,7 +178,7 @@ class VLMQTrainer(SFTTrainer):
             made = make_env(eval_env)  # an unknown id or a broken factory shows now, not at the first evaluation
             made.close()
             if train_dataset is not None:
-                _warn_of_another_format(agent_format or default_format(made), train_dataset)
+                warn_of_another_format(agent_format or default_format(made), train_dataset)
         self.eval_env, self.agent_format = eval_env, agent_format
         if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
             raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
@@ -885,25 +884,6 @@ class _DrawnOnline(IterableDataset):
 def _has_log_probs(dataset: Dataset) -> bool:
     column = "behavior_logprobs"
     return column in dataset.column_names and any(row is not None for row in dataset[column])
-
-
-def _warn_of_another_format(agent_format: AgentFormat, dataset: Dataset) -> None:
-    """Says so if the format that will read the agent's answers finds no action in those that it learns from."""
-    if "action" not in dataset.column_names:
-        return
-    columns = [name for name in ("completion", "action", "valid") if name in dataset.column_names]
-    rows = dataset.select_columns(columns).select(range(min(FORMAT_SAMPLE, len(dataset))))
-    valid = [row for row in rows if row["action"] and row.get("valid", True)]
-    told = [(row["completion"][0]["content"], row["action"]) for row in valid]
-    read = [(action_of(agent_format, response).action, action) for response, action in told]
-    if read and not any(found.strip().casefold() == action.strip().casefold() for found, action in read):
-        response, action = told[0]
-        warnings.warn(
-            f"{type(agent_format).__name__}, in which the agent will play, finds the action in none of the first "
-            f"{len(told)} valid responses of the training data, {action!r} in {response!r:.100} for instance. Give "
-            "the trainer the `agent_format` that the data was made with.",
-            stacklevel=3,
-        )
 
 
 def _quantiles(x: Tensor) -> list[float]:
