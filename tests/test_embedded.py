@@ -52,6 +52,27 @@ def test_points24_is_seen_in_more_image_tokens_and_states():
     assert dataclasses.replace(SMALL, games=("Points24",)).scale_factor == 2  # as it was chosen
 
 
+def test_where_states_are_text_words_are_tokens():
+    """So that what the text names is, in the reading and in the action, the same token again."""
+    recipe = EmbeddedRecipe(games=("vlmq_trl/ALFWorld-Look-v0",))
+    assert (recipe.vocab_size, SMALL.vocab_size) == (2048, 512)
+    tokenizer = embedded.build_processor(recipe).tokenizer
+    action = "take pencil 1 from desk 1"
+    tokens = tokenizer.tokenize(f'{{"visible": "pencil 1", "action": "{action}"}}')
+    assert tokens[-6:] == ["Ġpencil", "Ġ1", "Ġfrom", "Ġdesk", "Ġ1", '"}']
+    before = tokenizer.tokenize('{"visible": "pencil 1", "action": "')
+    assert tokens[: len(before)] == before, "whatever the action will be"
+    assert tokenizer.tokenize(f"Commands: {action}.")[-6:-1] == tokens[-6:-1], "as the text has them"
+
+
+def test_batches_of_text_have_rows_of_similar_length():
+    lengths = np.random.default_rng(0).integers(1, 100, size=1000)
+    lesson = embedded._Lesson("", [[0] * n for n in lengths], [[0]] * 1000, torch.zeros(1000, 1), 0)
+    drawn = [lesson.draw(np.random.default_rng(seed), 16, alike=True) for seed in range(200)]
+    assert np.mean([np.ptp(lengths[rows]) for rows in drawn]) < 20
+    assert abs(np.mean(lengths[np.concatenate(drawn)]) - lengths.mean()) < 5, "short and long alike"
+
+
 def test_lessons_of_all_games_add_up():
     assert EmbeddedRecipe().num_steps == sum(embedded.LESSON_STEPS.values())
     assert SMALL.num_steps == 2

@@ -205,6 +205,8 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         values += r'|(?<="action": ")[^"]+'  # the tokens before an action do not depend on it
     if recipe.wordy:
         values = values.rpartition("|")[2]
+    # filled in when the recipe was made
+    assert recipe.image_size is not None and recipe.scale_factor is not None and recipe.vocab_size is not None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=recipe.wordy)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(values), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -224,7 +226,6 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         bos_token="<begin>",
         additional_special_tokens=special[3:],
     )
-    assert recipe.image_size is not None and recipe.scale_factor is not None  # filled in when the recipe was made
     size = {"longest_edge": recipe.image_size}
     image_processor = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
     tokens = (recipe.image_size // recipe.patch_size // recipe.scale_factor) ** 2

@@ -448,7 +448,9 @@ def play_episodes(
     Raises:
         ValueError, TypeError: bad arguments, a policy that does not answer every request.
         EnvFailureError: an environment raised, gave a reward that is not finite, ... (`env_pool.FAILURES`), more than
-            `max_env_failures` times in a row; episodes that ended have been yielded.
+            `max_env_failures` times in a row.
+
+    Whatever ends the play early, Ctrl-C included, is raised after the episodes that had ended were yielded.
     """
     _check_arguments(
         agent_format,
@@ -477,7 +479,7 @@ def play_episodes(
             max_env_failures=max_env_failures,
         )
         finished: dict[int, Episode] = {}
-        due, error = numbers.start, None
+        due, stopped = numbers.start, None
         with rollouts, tqdm(total=len(numbers), unit="episode", desc=_env_name(env), disable=not progress) as bar:
             try:
                 for episode in rollouts.play(policy, numbers):
@@ -487,11 +489,11 @@ def play_episodes(
                         if due in finished:
                             yield finished.pop(due)
                         due += numbers.step
-            except EnvFailureError as failure:
-                error = failure
+            except (Exception, KeyboardInterrupt) as error:
+                stopped = error
             yield from (finished[number] for number in sorted(finished))
-            if error is not None:
-                raise error
+            if stopped is not None:
+                raise stopped
 
     return play()
 
@@ -514,7 +516,8 @@ def collect_demonstrations(
 ) -> datasets.Dataset:
     """A trajectory dataset of scripted play.
 
-    Episodes that have ended when an environment fails once too often stay on the disk; the error says where.
+    Episodes that had ended when an environment fails once too often, the policy raises or the user interrupts stay on
+    the disk; a note to the error says where.
 
     Args:
         env_id: a Gymnasium id, or a function that makes a new environment; a policy given by name needs a
@@ -551,7 +554,7 @@ def collect_demonstrations(
         max_env_failures=max_env_failures,
         progress=progress,
     )
-    failures: list[EnvFailureError] = []
+    stopped: list[BaseException] = []
 
     def ended() -> Iterator[Episode]:
         none_yet = True
@@ -559,19 +562,20 @@ def collect_demonstrations(
             for episode in played:
                 none_yet = False
                 yield episode
-        except EnvFailureError as failure:
+        except (Exception, KeyboardInterrupt) as error:
             if none_yet:
                 raise
-            failures.append(failure)
+            stopped.append(error)
 
     ds = dataset_from_episodes(ended(), cache_dir=cache_dir)
-    if failures:
+    if stopped:
         file, gone = ds.cache_files[0]["filename"], "" if cache_dir else " until this process ends"
-        raise EnvFailureError(
-            f"{failures[0]}\nThe {len(set(ds['episode_id']))} episodes that had ended, the last with the seed "
-            f"{max(ds['seed'])}, lie in {file}{gone}: open them with `datasets.Dataset.from_file`, collect the others "
-            "from another `seed`, and join them by `concatenate_trajectories`."
-        ) from failures[0]
+        stopped[0].add_note(
+            f"The {len(set(ds['episode_id']))} episodes that had ended, the last with the seed {max(ds['seed'])}, lie "
+            f"in {file}{gone}: open them with `datasets.Dataset.from_file`, collect the others from another `seed`, "
+            "and join them by `concatenate_trajectories`."
+        )
+        raise stopped[0]
     return ds
 
 
