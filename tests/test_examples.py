@@ -333,6 +333,17 @@ def test_the_vision_tower_is_frozen_for_lora_too(targets, method, model_name, tm
     assert any("down_proj" in name for name in names) == (targets is None)
 
 
+def test_no_token_is_written(model_name, tmp_path):
+    secret = "hf_" + "s" * 34
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "output_dir": tmp_path, "disable_tqdm": True}
+    arguments |= {"method": ["sft", "vlmq"], "report_to": "tensorboard", "save_steps": 1}
+    argv = flags(model_name_or_path=model_name, **arguments, model_init_kwargs=json.dumps({"token": secret}))
+    results = train_agent.main(argv)
+    assert results["training_arguments"]["model_init_kwargs"]["token"] == "<TOKEN>"
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert files and not [file for file in files if secret.encode() in file.read_bytes()]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_files_are_understood(config):
     script, args, _ = train_agent.parse(["--config", str(config)])

@@ -122,6 +122,32 @@ def test_each_save_brings_the_critic(uploads, hub_strategy, peft_config, tmp_pat
     assert CRITIC | {stock, "README.md"} <= uploads[-1]["files"]
 
 
+def test_no_token_is_written(adapter, tmp_path):
+    """Neither the configuration's own nor that of `model_init_kwargs`, wherever it stands; the model gets it."""
+    secret = "hf_" + "s" * 34
+    args = config(
+        tmp_path / "out",
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        report_to="tensorboard",
+        hub_token=secret,
+        model_init_kwargs={"token": secret, "dtype": "float32", "more": [{"use_auth_token": secret}]},
+    )
+    given = args.to_dict()["model_init_kwargs"]
+    assert given == {"token": "<TOKEN>", "dtype": "float32", "more": [{"use_auth_token": "<USE_AUTH_TOKEN>"}]}
+    assert args.model_init_kwargs["token"] == secret
+    del args.model_init_kwargs["more"]
+    trainer = VLMQTrainer(str(adapter / "adapter"), args, text_number_line())
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert sum(file.name == "vlmq_config.json" for file in files) == 2
+    assert any(file.name.startswith("events.out") for file in files)
+    assert not [file for file in files if secret.encode() in file.read_bytes()]
+
+
 # ---- what is opened ----
 
 

@@ -4,6 +4,7 @@
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 from trl import SFTConfig
 
@@ -403,6 +404,10 @@ class VLMQConfig(SFTConfig):
         if not holds:
             raise ValueError(f"`{name}={getattr(self, name)!r}`: it {what}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, and no token inside `model_init_kwargs` and the like is written either."""
+        return {name: _without_tokens(value) for name, value in super().to_dict().items()}
+
     def critic_config(self) -> CriticConfig:
         """Shape of the critic that this configuration asks for."""
         return CriticConfig(
@@ -411,3 +416,15 @@ class VLMQConfig(SFTConfig):
             critic_hidden_size=self.critic_hidden_size,
             critic_rank=self.critic_rank,
         )
+
+
+def _without_tokens(value: Any) -> Any:
+    """A copy in which whatever is named `token`, or `..._token`, is replaced by its name."""
+    if isinstance(value, dict):
+        return {
+            key: f"<{key.upper()}>"
+            if isinstance(key, str) and key.endswith("token") and isinstance(inner, str)
+            else _without_tokens(inner)
+            for key, inner in value.items()
+        }
+    return [_without_tokens(inner) for inner in value] if isinstance(value, list) else value
