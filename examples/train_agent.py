@@ -578,9 +578,10 @@ def train(
         for name, parameter in model.named_parameters():
             if re.search(frozen, name):
                 parameter.requires_grad_(False)
-    trainer_class: Any = VLMQTrainer if method == "vlmq" else SFTTrainer
-    if method == "vlmq" and script.online:
-        trainer_class = partial(VLMQTrainer, env=script.env, agent_format=agent_format)
+    trainer_class: Any = SFTTrainer
+    if method == "vlmq":  # `eval_env` is for the agent's card: the callback evaluates
+        env = script.env if script.online else None
+        trainer_class = partial(VLMQTrainer, env=env, eval_env=script.env, agent_format=agent_format)
     trainer = trainer_class(
         model,
         args=args,

@@ -19,9 +19,11 @@ from examples import train_agent
 from tests import tiny_models
 from vlmq_trl import (
     AutoModelForImageTextToTextWithValueHead,
+    VLMAgent,
     callbacks,
     collect_demonstrations,
     save_trajectories,
+    vlmq_trainer,
 )
 from vlmq_trl.replay import load_replay
 
@@ -95,6 +97,20 @@ def test_all_methods_side_by_side(model_name, tmp_path, capsys):
         assert picture.width > 600 and len(picture.convert("RGB").getcolors(2**24)) > 20
     AutoModelForImageTextToText.from_pretrained(tmp_path / "sft")
     AutoModelForImageTextToTextWithValueHead.from_pretrained(tmp_path / "vlmq")
+
+
+def test_the_agent_knows_its_environment(model_name, tmp_path, monkeypatch):
+    """Offline too, where the environment is not the trainer's to play: the callback alone does."""
+
+    def evaluate_model(*args, **kwargs):
+        raise AssertionError("the trainer played")
+
+    monkeypatch.setattr(vlmq_trainer, "evaluate_model", evaluate_model)
+    arguments = {**SMALL, "before_episodes": 0, "method": "vlmq", "output_dir": tmp_path, "save_steps": 1}
+    train_agent.main(flags(model_name_or_path=model_name, **arguments, disable_tqdm=True))
+    (episode,) = VLMAgent.from_pretrained(tmp_path / "vlmq").play(max_turns=1)
+    assert len(episode.turns) == 1
+    assert "to act in `vlmq_trl/NumberLine-v0`" in (tmp_path / "vlmq" / "README.md").read_text()
 
 
 def test_lora_from_a_file_and_an_existing_dataset(model_name, tmp_path):
