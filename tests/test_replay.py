@@ -3,6 +3,7 @@
 
 import errno
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import signal
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -559,8 +562,10 @@ def test_the_window_and_the_fraction(tmp_path):
         # e4 and e5 end at row 12
         assert buffer.start(12) == 7 and set(buffer.sample(rng, 200, 4, 1.0, end=12)) == set(range(7, 12))
         assert buffer.start(7) == 7
+        with pytest.raises(LookupError, match="Row 6 is not in the replay buffer"):
+            buffer.sample(rng, 4, 4, 1.0, end=7)  # what was collected until then is gone
         with pytest.raises(ValueError, match="empty"):
-            buffer.sample(rng, 4, 4, 1.0, end=7)
+            buffer.sample(rng, 4, 4, 1.0, end=0)  # nothing was collected until then
         for end in (11, 20, -1):
             with pytest.raises(ValueError, match=f"ends at row {end}: give an episode's end in 0..19"):
                 buffer.start(end)
@@ -804,6 +809,95 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path, monkeypatch):
                 buffer.commit()
         buffer.commit()
         assert ids(buffer.dataset()) == ["e0", "e1"]
+
+
+def test_a_commit_that_is_interrupted_anywhere_can_be_gone_on_with(tmp_path, monkeypatch):
+    """At each call that it makes, before and after its rows are part of the buffer: none is lost, none is there twice,
+    and no picture goes that a row needs."""
+    calls, interrupted_call = 0, None
+
+    def interruptible(function):
+        def called(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == interrupted_call:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return called
+
+    for name in ("write_file", "flush", "pictures_of", "ids_of", "open_shard"):
+        monkeypatch.setattr(replay_buffer, name, interruptible(getattr(replay_buffer, name)))
+    monkeypatch.setattr(ReplayBuffer, "_delete", interruptible(ReplayBuffer._delete))
+    for number in itertools.count(1):
+        interrupted_call = None
+        with filled(tmp_path / str(number), range(8), capacity=8) as buffer:
+            for k in (8, 9):
+                buffer.append(episode(k, 1 + k % 3), round=3)
+            calls, interrupted_call = 0, number
+            with suppress(KeyboardInterrupt):
+                buffer.commit()
+            done, interrupted_call = calls < number, None
+            buffer.commit(end_round=3)
+            assert buffer.pending_turns == 0 and buffer.end == 19 and buffer.round_end(3) == (19, True)
+            assert ids(buffer.dataset()) == ["e6", "e7", "e8", "e9"]
+            for k in (20, 21):
+                buffer.append(episode(k, 3), round=4)
+                buffer.commit()
+                assert validate_trajectories(buffer.dataset(), "all").episode_ids.tolist()[-1] == f"e{k}"
+        ReplayBuffer(tmp_path / str(number)).close()
+        check_folder(tmp_path / str(number))
+        if done:
+            break
+    assert number > 12
+
+
+def test_what_cannot_be_deleted_does_not_stop_a_commit(tmp_path, monkeypatch):
+    def refused(path, missing_ok=False):
+        raise PermissionError(f"{path} is held open")
+
+    with monkeypatch.context() as patch, filled(tmp_path, range(6), capacity=4) as buffer:
+        patch.setattr(Path, "unlink", refused)
+        buffer.append(episode(6, 3), round=1)
+        buffer.commit()
+        assert ids(buffer.dataset()) == ["e6"]
+    ReplayBuffer(tmp_path).close()
+    check_folder(tmp_path)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    with ReplayBuffer(tmp_path, capacity=np.int64(3), with_images=False) as buffer:
+        for k in range(4):
+            buffer.append(episode(k, 2, False), round=np.int64(k))
+            buffer.commit({"next": np.int64(k)}, end_round=np.int64(k))
+    with ReplayBuffer(tmp_path) as buffer:
+        assert buffer.counters == {"next": 3} and buffer.round_end(3) == (8, True)
+
+
+def test_a_foreign_file_among_the_pictures(tmp_path):
+    filled(tmp_path, range(2)).close()
+    (tmp_path / "images" / ".DS_Store").write_bytes(b"a file manager was here")
+    with ReplayBuffer(tmp_path) as buffer:
+        assert ids(buffer.dataset()) == ["e0", "e1"]
+
+
+@pytest.mark.parametrize("changed", ["behavior_logprobs", "images", "final_prompt"])
+def test_changed_offline_data_are_not_taken_for_the_old(changed, tmp_path):
+    """Though ids, rewards and texts are as before."""
+    whole = [episode(k, 2, truncated=True) for k in range(3)]
+    turn = whole[1].turns[1]
+    other = {
+        "behavior_logprobs": {"turns": (whole[1].turns[0], replace(turn, behavior_logprobs=None))},
+        "images": {"turns": (whole[1].turns[0], replace(turn, images=[picture(7)]))},
+        "final_prompt": {"final_prompt": prompt("another end", 1)},
+    }[changed]
+    one = dataset_from_episodes(whole)
+    two = dataset_from_episodes([whole[0], replace(whole[1], **other), whole[2]])
+    with ReplayBuffer(tmp_path) as buffer:
+        buffer.add_offline(one, validate_trajectories(one))
+        buffer.add_offline(dataset_from_episodes(whole), validate_trajectories(one))  # the same again
+        with pytest.raises(ValueError, match="already holds another offline dataset"):
+            buffer.add_offline(two, validate_trajectories(two))
 
 
 def test_a_writer_and_a_reader_in_one_process(tmp_path):

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -101,21 +101,21 @@ class ReplayBuffer:
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity must be at least 1 turn, or None for no limit, got {capacity}.")
         self.folder = Path(folder).absolute()
-        self.capacity, self.gamma, self.read_only = capacity, gamma, read_only
+        self.capacity, self.gamma = None if capacity is None else int(capacity), gamma
+        self.read_only = read_only
         self._lock: IO[str] | None = None
         if read_only and not (self.folder / "manifest.json").is_file():
             raise FileNotFoundError(f"No replay buffer at {self.folder}: it has no manifest.json.")
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(self.folder)
-        # For the writer. Pending: one batch an episode, the pictures that they show, the end of each round.
-        self._pending: list[pa.RecordBatch] = []
-        self.pending_turns = 0  # appended and not committed
+        # For the writer. Pending: the rows and the round of each episode, the pictures that they show.
+        self._pending: list[tuple[pa.RecordBatch, int]] = []
         self._pending_pictures: dict[str, bytes] = {}
-        self._pending_rounds: dict[int, int] = {}
         self._ids: set[str] = set()  # of live and of pending episodes
         self._references: Counter[str] = Counter()  # picture -> how often live rows refer to it
         self._unused: set[str] = set()  # pictures that the last commit ceased to refer to
+        self._counted: State | None = None  # whose ids and references these are
         self._png = _PngCache()
         self._picture = lru_cache(PICTURE_CACHE)(self._decoded)
         try:
@@ -144,7 +144,8 @@ class ReplayBuffer:
     def close(self) -> None:
         """Lets another writer in. What is pending is dropped; what was read stays valid."""
         if self._lock is not None and not self._lock.closed:
-            self._delete(self._unused - self._references.keys())
+            if self._unused and self._counted is self._state:
+                self._delete(self._unused - self._references.keys())
             self._lock.close()
         self._lock = None
 
@@ -183,6 +184,11 @@ class ReplayBuffer:
     @property
     def counters(self) -> dict[str, int]:
         return dict(self._state.manifest.counters)
+
+    @property
+    def pending_turns(self) -> int:
+        """Appended and not committed."""
+        return sum(len(batch) for batch, _ in self._pending)
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json says, for a checkpoint's copy."""
@@ -229,6 +235,7 @@ class ReplayBuffer:
         prioritized_fraction: float = 0.0,
     ) -> np.ndarray:
         """[turns] row ids: segments of at most `segment_length` consecutive turns of one episode, one after the other.
+        Two that happen to follow one another in the episode too look like one.
 
         `turns * online_fraction` of them, rounded at random, are from the online window that ends at `end`, the others
         offline; a part that is empty leaves its share to the other. Every turn of a part is equally likely. The time
@@ -239,6 +246,7 @@ class ReplayBuffer:
 
         Raises:
             ValueError: bad arguments, or nothing to sample from.
+            LookupError: all of the window that ends at `end` has been evicted.
         """
         fractions = (online_fraction, prioritized_fraction)
         if turns < 1 or segment_length < 1 or not all(0.0 <= fraction <= 1.0 for fraction in fractions):
@@ -248,6 +256,8 @@ class ReplayBuffer:
             )
         state = self._state
         (start, end), offline = self._window(state, end), state.manifest.num_offline
+        if start == end > offline:
+            raise LookupError(gone(end - 1, state.manifest))
         if start == end and not offline:
             raise ValueError("The replay buffer is empty: add offline data, or append episodes and commit.")
 
@@ -323,6 +333,7 @@ class ReplayBuffer:
                 as it was.
         """
         self._check_writable()
+        self._finish_commit()
         name = _encodable(episode.episode_id, row=0, column="episode_id")
         pictures: dict[str, bytes] = {}
         try:
@@ -350,11 +361,10 @@ class ReplayBuffer:
             for column in set(IMAGE_COLUMNS) & set(row):
                 images = row[column]
                 row[column] = images and [stored(image["bytes"], pictures) for image in images]
-        self._pending.append(pa.RecordBatch.from_pylist(rows, schema=self._schema))
-        self.pending_turns += len(rows)
+        batch = pa.RecordBatch.from_pylist(rows, schema=self._schema)
         self._pending_pictures.update(pictures)
-        self._pending_rounds[round] = self.end + self.pending_turns
         self._ids.add(name)
+        self._pending.append((batch, int(round)))  # last: an interruption takes the episode in, or not
 
     def commit(self, counters: Mapping[str, int] | None = None, *, end_round: int | None = None) -> None:
         """Makes what is pending part of the buffer, durably and as a whole, and evicts what is over capacity.
@@ -365,26 +375,28 @@ class ReplayBuffer:
 
         Raises:
             OSError: the disk is full, or broken. The last commit is whole and what is pending is still in memory, so
-                that `commit` can be called again.
+                that `commit` can be called again; after an interruption too.
         """
         self._check_writable()
+        self._finish_commit()
         m = self._state.manifest
-        rounds = dict(m.rounds)
-        for number, end in self._pending_rounds.items():
+        counters = {name: int(count) for name, count in (counters or {}).items()}
+        end_round = None if end_round is None else int(end_round)
+        rounds, end = dict(m.rounds), m.end
+        for batch, number in self._pending:
+            end += len(batch)
             rounds[number] = (end, rounds.get(number, (end, False))[1])
         if end_round is not None:
             rounds[end_round] = (rounds.get(end_round, (m.end, False))[0], True)
-        changed = replace(
-            m, end=m.end + self.pending_turns, rounds=rounds, counters={**m.counters, **(counters or {})}
-        )
+        changed = replace(m, end=end, rounds=rounds, counters={**m.counters, **counters})
         if changed == m:
             return
         pictures = {path: png for path, png in self._pending_pictures.items() if path not in self._references}
-        size = sum(map(len, pictures.values())) + sum(batch.nbytes for batch in self._pending)
+        batches = [batch for batch, _ in self._pending]
+        size = sum(map(len, pictures.values())) + sum(batch.nbytes for batch in batches)
         with self._explaining_a_full_disk(size):
             self._write_pictures(pictures)
-            self._commit(changed, pa.concat_batches(self._pending) if self._pending else None)
-        self._pending, self._pending_pictures, self._pending_rounds, self.pending_turns = [], {}, {}, 0
+            self._commit(changed, pa.concat_batches(batches) if batches else None)
 
     def add_offline(self, dataset: datasets.Dataset, index: EpisodeIndex) -> None:
         """Copies a validated trajectory dataset in, as rows 0, 1, 2, ..., and commits. It may be larger than memory.
@@ -451,6 +463,7 @@ class ReplayBuffer:
         self._write_manifest(state.manifest)
 
         self._state = state
+        # From here on the rows are committed. Should anything end this before its last line, `_finish_commit` counts.
         self._references.update(pictures_of(state.slices(old.manifest.end, m.end)))
         evicted = list(state.slices(m.start, start))
         self._ids -= ids_of(evicted)
@@ -463,6 +476,21 @@ class ReplayBuffer:
         self._delete(f"shards/{name}" for name in {s[0] for s in m.shards} - {s[0] for s in live})
         self._delete(self._unused - self._references.keys())
         self._unused = unused
+        self._pending, self._pending_pictures = [], {}
+        self._counted = state
+
+    def _count(self) -> None:
+        """What the live rows refer to, from the rows themselves."""
+        state, m = self._state, self._state.manifest
+        live = [*state.slices(0, m.num_offline), *state.slices(m.start, m.end)]
+        self._ids, self._references = ids_of(live), pictures_of(live)
+        self._counted = state
+
+    def _finish_commit(self) -> None:
+        """Where a commit was interrupted after its rows had become part of the buffer: they are pending no more."""
+        if self._counted is not self._state:
+            self._pending, self._pending_pictures = [], {}
+            self._count()
 
     def _extended(self, new: pa.RecordBatch) -> tuple[dict[str, np.ndarray], int]:
         """The columns with new rows at their end, and the first online row in them."""
@@ -498,11 +526,9 @@ class ReplayBuffer:
 
     def _open(self) -> None:
         """Reads what is committed; a writer counts what refers to each picture, and removes what nothing refers to."""
-        self._state = state = self._load()
+        self._state = self._load()
         if self._lock is not None:
-            m = state.manifest
-            live = [*state.slices(0, m.num_offline), *state.slices(m.start, m.end)]
-            self._ids, self._references = ids_of(live), pictures_of(live)
+            self._count()
             self._sweep()
 
     def _load(self) -> State:
@@ -537,15 +563,17 @@ class ReplayBuffer:
             list(pool.map(lambda path: write_file(self.folder / path, pictures[path]), pictures))
 
     def _delete(self, paths: Iterable[str]) -> None:
+        """What cannot be deleted now goes when the buffer is opened the next time."""
         for path in paths:
-            (self.folder / path).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / path).unlink()
 
     def _sweep(self) -> None:
         """Removes what an interrupted commit has left."""
         known = {f"shards/{name}" for name, _, _ in self._state.manifest.shards}
         shards = [f"shards/{path.name}" for path in (self.folder / "shards").glob("*")]
         self._delete(path for path in shards if path not in known)
-        for folder in (self.folder / "images").glob("*"):
+        for folder in (self.folder / "images").glob("*/"):
             paths = [f"images/{folder.name}/{name}" for name in os.listdir(folder)]
             self._delete(path for path in paths if path not in self._references)
         self._delete(["manifest.json.part"])
