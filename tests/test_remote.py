@@ -153,8 +153,8 @@ def test_episodes_through_the_server(server, folder):
     assert len({one for episode in completions for one in episode}) > 5
 
 
-def test_the_server_gives_no_log_probabilities(server, folder):
-    policy = served(server, folder, "llama", temperature=1.0, logprobs=True)
+def test_the_server_gives_no_log_probabilities(server, folder, tokenizer):
+    policy = served(server, folder, "llama", temperature=1.0, logprobs=True, processing_class=tokenizer)
     with pytest.warns(UserWarning, match="gave no log-probabilities") as warned:
         responses = policy.act([request("up"), request("down")])
     assert [response.behavior_logprobs for response in responses] == [None, None]
@@ -443,6 +443,11 @@ def test_nobody_there():
             policy.check()
 
 
+def test_a_host_that_cannot_be():
+    with pytest.raises(ChatError, match=r"no answer .UnicodeError.*Check that the server runs"):
+        ChatPolicy(f"http://{'a' * 64}.com", "m", retries=0).check()
+
+
 def test_a_model_that_is_not_served(endpoint):
     endpoint.script = [(404, {}, "The model `m` does not exist.")]
     endpoint.models = {"object": "list", "data": [{"id": "qwen"}, {"id": "llava"}]}
@@ -495,6 +500,31 @@ def test_no_key_is_taken_from_the_surroundings(endpoint, monkeypatch, tmp_path):
     assert texts(endpoint.policy()) == ["ok"] and endpoint.keys == [None]
 
 
+@pytest.mark.parametrize(("host", "near"), [("localhost", True), ("127.0.0.1", True), ("model.example.org", False)])
+def test_the_key_goes_past_a_proxy_to_a_host_nearby(endpoint, monkeypatch, host, near):
+    proxy = Endpoint()
+    try:
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        ChatPolicy(endpoint.url.replace("127.0.0.1", host), "m", api_key=SECRET).check()
+        assert (len(endpoint.keys), len(proxy.keys)) == ((1, 0) if near else (0, 1))
+    finally:
+        proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "near"),
+    [
+        *[(host, True) for host in ("localhost", "a.localhost", "gpu-7", "10.1.2.3", "192.168.0.9", "172.16.0.1")],
+        *[(host, True) for host in ("[::1]", "[fd00::7]", "169.254.1.1", "100.64.0.1")],
+        *[(host, False) for host in ("api.openai.com", "8.8.8.8", "[2001:4860:4860::8888]", "localhost.example.org")],
+    ],
+)
+def test_what_is_nearby(host, near):
+    assert remote._is_near(f"http://{host}:8000/v1") is near
+
+
 def test_a_key_with_a_line_break_is_not_shown():
     with pytest.raises(ValueError, match="api_key must be printable ASCII") as raised:
         ChatPolicy("http://localhost:1", "m", api_key=SECRET + "\n")
@@ -508,15 +538,22 @@ def entries(*tokens, **more):
     return {"logprobs": {"content": [{"token": token, "logprob": -0.5 - i, **more} for i, token in enumerate(tokens)]}}
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Knows "action" and " up" whole, and "up" as two letters."""
+    return tiny_models.build("llama")[1]
+
+
 @pytest.mark.parametrize(
     ("content", "choice", "expected"),
     [
-        ("up!", entries("up", "!"), [-0.5, -1.5]),
-        ("up!", entries("up", "!", "<|im_end|>"), [-0.5, -1.5, -2.5]),
-        ("up!", entries(" up", "!", ""), [-0.5, -1.5, -2.5]),  # the server trims
+        ("up!", entries("u", "p", "!"), [-0.5, -1.5, -2.5]),
+        ("up!", entries("u", "p", "!", "<|im_end|>"), [-0.5, -1.5, -2.5, -3.5]),
+        ("up!", entries("u", "p", "!", ""), [-0.5, -1.5, -2.5, -3.5]),  # an end token without a name
+        (" up", entries(" up", ""), [-0.5, -1.5]),
         ("", entries("<|im_end|>"), [-0.5]),
         (None, entries("<|im_end|>"), [-0.5]),
-        ("up", entries("think", "ing", "up"), None),  # values of tokens that are not in the text
+        ("up", entries("think", "ing", "u", "p"), None),  # values of tokens that are not in the text
         ("up", entries("u"), None),
         ("up", entries(), None),
         ("up", {}, None),
@@ -533,13 +570,32 @@ def entries(*tokens, **more):
         ),
     ],
 )
-def test_log_probabilities(endpoint, recwarn, content, choice, expected):
-    policy = endpoint.policy(logprobs=True)
+def test_log_probabilities(endpoint, tokenizer, recwarn, content, choice, expected):
+    policy = endpoint.policy(logprobs=True, processing_class=tokenizer)
     endpoint.script = [chat(content, **choice)]
     (response,) = policy.act([request("go")])
     assert endpoint.bodies[0]["logprobs"] is True
     assert response.behavior_logprobs == expected and response.text == (content or "")
-    assert len(recwarn) == (expected is None)
+    assert len(recwarn) == (expected is None) and (policy.responses, policy.retokenized) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens"),
+    [
+        ("up", ["up"]),  # one token, where training will see two
+        ("action", ["act", "ion"]),  # two, where it will see one
+        ("up!", ["up", "!", ""]),
+        ("up!", ["u", "p!", "", ""]),
+        ("up", [" up"]),  # the server trims
+        ("up", ["u", "p", "\n"]),
+        ("up", ["u", "p", "<|endoftext|>"]),  # another end than the chat template's
+    ],
+)
+def test_tokens_that_training_will_not_see(endpoint, tokenizer, recwarn, content, tokens):
+    policy = endpoint.policy(logprobs=True, processing_class=tokenizer)
+    endpoint.script = [chat(content, **entries(*tokens)), chat("up", **entries("u", "p"))]
+    assert [policy.act([request("go")])[0].behavior_logprobs for _ in range(2)] == [None, [-0.5, -1.5]]
+    assert (policy.responses, policy.retokenized, len(recwarn)) == (2, 1, 0)
 
 
 # ---- arguments ----
@@ -561,6 +617,7 @@ def test_log_probabilities(endpoint, recwarn, content, choice, expected):
         ({"extra": {"stream": True}}, r"extra must not set \['stream'\]"),
         ({"logprobs": True, "temperature": 0.7}, "needs temperature=1 and top_p=1"),
         ({"logprobs": True, "top_p": 0.9}, "needs temperature=1 and top_p=1"),
+        ({"logprobs": True}, "logprobs=True needs `processing_class`, the processor or tokenizer of the model that"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -581,6 +638,15 @@ def test_bad_arguments(kwargs, message):
 )
 def test_the_root(given, root):
     assert ChatPolicy(given, "m").base_url == root
+
+
+def test_numbers_may_be_numpys(endpoint):
+    policy = endpoint.policy(
+        temperature=np.float32(0.5), top_p=np.float32(0.25), max_completion_length=np.int64(7), timeout=np.float32(30)
+    )
+    assert texts(policy) == ["ok"]
+    (body,) = endpoint.bodies
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.5, 0.25, 7)
 
 
 def test_pictures_that_do_not_fit_the_prompt(endpoint):

@@ -10,6 +10,7 @@ Contents: `ChatError`, `ChatPolicy`.
 
 import base64
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -22,14 +23,16 @@ from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, build_opener
+from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
 from urllib.request import Request as HTTPRequest
 from warnings import warn
 
 import numpy as np
 import PIL.Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from .policy import completion_tokens
 from .rollout import Request, Response
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,19 @@ def _root(base_url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
 
+def _is_near(base_url: str) -> bool:
+    """Whether its host is this machine or on a private network, by its address or by a name without a dot.
+
+    >>> [_is_near(f"http://{host}/v1") for host in ("localhost", "gpu-7:8000", "10.0.0.7", "[::1]", "example.org")]
+    [True, True, True, True, False]
+    """
+    host = urlsplit(base_url).hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:  # a name
+        return "." not in host or host.endswith(".localhost")
+
+
 def _advice(status: int | None) -> str:
     if status is None:
         return "Check that the server runs and that this machine reaches it; raise `timeout` if it is slow."
@@ -111,7 +127,9 @@ class ChatPolicy:
         base_url: the API's root, such as "http://localhost:8000/v1".
         model: the name under which the endpoint serves the model.
         api_key: sent as bearer token, to `base_url` only; shown nowhere. None sends none: neither environment
-            variables nor a saved login are read, since the endpoint may be anybody's.
+            variables nor a saved login are read, since the endpoint may be anybody's. A proxy that `http_proxy` or
+            `https_proxy` names passes requests on, unless the host is this machine or on a private network (see
+            also `no_proxy`); over plain http it sees them, the key too.
         temperature: 0 is greedy.
         max_completion_length: longest response in tokens.
         top_p: None leaves it to the server.
@@ -119,15 +137,20 @@ class ChatPolicy:
         max_concurrency: most requests under way at once.
         retries: how often a request is tried again.
         logprobs: ask for the log-probabilities of the server's tokens, as `Response.behavior_logprobs` (None where
-            the server gives none, or they do not belong to the text). Training counts them from the completion's
-            first token, so server and trained model need the same tokenizer and chat template.
+            the server gives none, or they do not belong to the text, or `processing_class` has other tokens for it).
+        processing_class: with `logprobs`, the processor or tokenizer of the model that learns from the responses: the
+            server's tokens have to be those that it makes of the text.
         seeded: send a seed with each request, drawn from its episode's generator, so that on a server that heeds it
             sampled episodes repeat.
         extra: more fields of each request, such as `{"top_k": -1}`; they overwrite, and None takes a field out:
             `{"max_tokens": None, "max_completion_tokens": 256}`.
 
+    Attributes:
+        responses, retokenized: with `logprobs`, how many responses there were, and how many of them without
+            log-probabilities because their text is tokenised otherwise than it was sampled, as in `ModelPolicy`.
+
     Raises:
-        ValueError: an argument that makes no sense.
+        ValueError: an argument that makes no sense, or `logprobs` without `processing_class`.
     """
 
     def __init__(
@@ -143,6 +166,7 @@ class ChatPolicy:
         max_concurrency: int = 64,
         retries: int = 3,
         logprobs: bool = False,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         seeded: bool = False,
         extra: Mapping[str, Any] | None = None,
     ):
@@ -164,16 +188,26 @@ class ChatPolicy:
                 "logprobs=True needs temperature=1 and top_p=1: servers report the model's own probabilities, which "
                 f"are not those of a policy with temperature={temperature} and top_p={top_p}."
             )
+        if logprobs and processing_class is None:
+            raise ValueError(
+                "logprobs=True needs `processing_class`, the processor or tokenizer of the model that learns: only it "
+                "tells whether training will see the tokens that the server sampled."
+            )
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise ValueError("api_key must be printable ASCII; look for a line break at its end.")
         self.base_url, self.model = _root(base_url), model
-        self.timeout, self.max_concurrency, self.retries = timeout, max_concurrency, retries
-        self.logprobs, self.seeded, self.extra = logprobs, seeded, extra
-        self.fields = {"max_tokens": max_completion_length, "temperature": temperature, "top_p": top_p}
+        self.timeout, self.max_concurrency, self.retries = float(timeout), max_concurrency, retries
+        self.logprobs, self.processing_class, self.seeded, self.extra = logprobs, processing_class, seeded, extra
+        self.responses = self.retokenized = 0
+        self.fields: dict[str, Any] = {  # as Python's own numbers, since JSON has no others
+            "max_tokens": int(max_completion_length),
+            "temperature": float(temperature),
+            "top_p": None if top_p is None else float(top_p),
+        }
         if logprobs:
             self.fields["logprobs"] = True
         self._api_key = api_key.strip() if api_key else None
-        self._opener = build_opener(_NoRedirect)
+        self._opener = build_opener(_NoRedirect, *([ProxyHandler({})] if _is_near(self.base_url) else []))
         self._data_urls: dict[Any, str] = {}
         self._checked = self._warned = False
 
@@ -293,7 +327,7 @@ class ChatPolicy:
                     text = ""
             retry_after = float(after) if after.isdecimal() else None
             raise _Failure(error.code, self._without_key(text or error.reason), retry_after) from None
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, UnicodeError) as error:  # the last: a host that is no name
             reason = error.reason if isinstance(error, URLError) else error
             raise _Failure(None, self._without_key(f"{type(error).__name__}: {reason}")) from None
         try:
@@ -336,15 +370,32 @@ class ChatPolicy:
         text = self._text(answer)
         if not self.logprobs:
             return Response(text)
-        values = _log_probs(answer["choices"][0], text)
-        if values is None and not self._warned:
-            self._warned = True
-            warn(
-                f"{self.base_url} gave no log-probabilities of a response's tokens, so its `behavior_logprobs` is "
-                "None (said once). Some servers give none at all.",
-                stacklevel=3,
-            )
-        return Response(text, values)
+        self.responses += 1
+        sampled = _log_probs(answer["choices"][0], text)
+        if sampled is None:
+            if not self._warned:
+                self._warned = True
+                warn(
+                    f"{self.base_url} gave no log-probabilities of a response's tokens, so its `behavior_logprobs` is "
+                    "None (said once). Some servers give none at all.",
+                    stacklevel=3,
+                )
+            return Response(text)
+        return Response(text, self._aligned(text, *sampled))
+
+    def _aligned(self, text: str, tokens: list[bytes], log_probs: list[float]) -> list[float] | None:
+        """The log-probabilities of the sampled tokens if `text` has these very tokens again when it is a completion in
+        training; else None. An end token may be nameless."""
+        assert self.processing_class is not None
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        learned = [tokenizer.decode([token]) for token in completion_tokens(self.processing_class, text)]
+        # A piece of a character reads as U+FFFD on both sides.
+        sampled = [token.decode("utf-8", "replace") for token in tokens]
+        named = sampled if sampled[-1] else sampled[:-1]
+        if len(sampled) <= len(learned) and learned[: len(named)] == named:
+            return log_probs
+        self.retokenized += 1
+        return None
 
 
 def _what(failure: _Failure) -> str:
@@ -354,8 +405,8 @@ def _what(failure: _Failure) -> str:
     return f"no answer ({text})" if failure.status is None else f"status {failure.status}, {text}"
 
 
-def _log_probs(choice: Any, text: str) -> list[float] | None:
-    """The log-probability of each generated token, or None if they are missing or not this text's.
+def _log_probs(choice: Any, text: str) -> tuple[list[bytes], list[float]] | None:
+    """Each generated token and its log-probability, or None if they are missing or not this text's.
 
     The tokens must spell the text, up to an end token and to white space, which some servers trim. A server that takes
     a chain of thought out of the text still lists its tokens, whose values would be taken for the text's.
@@ -372,4 +423,4 @@ def _log_probs(choice: Any, text: str) -> list[float] | None:
     spelled = {b"".join(b"".join(part).split()) for part in (tokens, tokens[:-1])}
     if not values or b"".join(text.encode().split()) not in spelled or not all(map(math.isfinite, values)):
         return None
-    return values
+    return tokens, values
