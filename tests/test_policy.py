@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE
 from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
 from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
+from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
 from vlmq_trl.policy import ActionLogits, ModelPolicy, evaluate_model, stop_token_ids
 from vlmq_trl.rollout import Request, Response
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
@@ -60,19 +62,42 @@ def test_greedy_answers(name):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_models_own_penalties_and_cut_offs_do_not_count(temperature):
+@pytest.mark.parametrize("wrapper", ["none", "LoRA", "critic"])
+def test_the_models_own_generation_config_does_not_count(wrapper, temperature):
     model, processor = tiny_models.build("llama")
+    own = model.generation_config
+    if wrapper == "LoRA":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    elif wrapper == "critic":
+        model = AutoModelForImageTextToTextWithValueHead(model)
     requests = requests_for(TEXTS, "llama")
 
     def answer():
         torch.manual_seed(0)
-        return answers(ModelPolicy(model, processor, temperature=temperature, max_completion_length=8), requests)
+        policy = ModelPolicy(
+            model, processor, temperature=temperature, max_completion_length=8, logprobs=temperature > 0
+        )
+        return policy.act(requests)
 
     expected = answer()
-    model.generation_config.update(
-        repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, typical_p=0.1, top_k=1, top_p=0.1, min_length=50
-    )
-    assert answer() == expected
+    first = [processor(response.text, add_special_tokens=False)["input_ids"][0] for response in expected]
+    for settings in (
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_length": 50, "min_new_tokens": 8},
+        {"min_p": 0.9, "typical_p": 0.1, "top_k": 1, "top_p": 0.1, "top_h": 0.1, "temperature": 0.1},
+        {"suppress_tokens": first, "begin_suppress_tokens": first, "bad_words_ids": [[token] for token in first]},
+        {"sequence_bias": [[[token], -10.0] for token in first], "encoder_repetition_penalty": 3.0},
+        {"forced_eos_token_id": tiny_models.END_ID, "exponential_decay_length_penalty": (1, 5.0)},
+        {"guidance_scale": 2.0},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"max_time": 1e-9, "max_length": 5},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["a"]},
+        {"prompt_lookup_num_tokens": 3},
+    ):
+        before = own.to_dict()
+        own.update(**settings)
+        assert answer() == expected, settings
+        own.update(**{name: before[name] for name in settings})
 
 
 def test_sampled_answers_follow_the_seed():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
 
-Contents: `stop_token_ids`, `render`, `completion_tokens`, `ModelPolicy`, `ActionLogits`, `TokenLogProbs`,
-`evaluate_model`.
+Contents: `stop_token_ids`, `render`, `completion_tokens`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`,
+`TokenLogProbs`, `evaluate_model`.
 """
 
 from hashlib import sha256
@@ -78,14 +78,19 @@ def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase
     return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
 
 
-# What a model's own generation config may hold and `generate` would add: the policy is the softmax of the logits.
-UNTOUCHED_LOGITS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
-FULL_SUPPORT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+class OwnGenerationConfig(GenerationConfig):
+    """Takes nothing from the model's own generation config, which `generate` merges into the one it is given: a policy
+    is the softmax of the logits."""
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        if allow_custom_entries:  # as in that merge alone
+            return kwargs
+        return super().update(defaults_only=defaults_only, **kwargs)
 
 
 class ModelPolicy:
     """Answers requests with a model's generations, of the logits as they are: the most likely token, or a sample from
-    the softmax; penalties and cut-offs of the model's own generation config do not count.
+    the softmax; of the model's own generation config only the end tokens count.
 
     Greedy answers are deterministic, so equal requests are generated once and remembered for this object's life: make
     a new one when the weights change.
@@ -134,9 +139,10 @@ class ModelPolicy:
         self.action_temperature, self.agent_format = action_temperature, agent_format
         self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        sampling = {"do_sample": True, "temperature": temperature, **FULL_SUPPORT} if temperature else {}
-        self.generation_config = GenerationConfig(
-            **{"do_sample": False, **UNTOUCHED_LOGITS, **sampling},
+        # `generate` would sample from the 50 likeliest tokens.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        self.generation_config = OwnGenerationConfig(
+            **sampling,
             max_new_tokens=max_completion_length,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=stop_token_ids(processing_class, model.generation_config),
@@ -323,6 +329,7 @@ def evaluate_model(
     agent_format: AgentFormat | None = None,
     workers: bool = False,
     env_timeout: float | None = None,
+    max_env_failures: int = 0,
     recorder: EpisodeRecorder | None = None,
     distributed: bool = False,
     progress: bool = False,
@@ -334,7 +341,8 @@ def evaluate_model(
 
     Args:
         model: anything with `generate`.
-        env, episodes, seed, num_envs, agent_format, workers, env_timeout, progress: as `rollout.play_episodes`.
+        env, episodes, seed, num_envs, agent_format, workers, env_timeout, max_env_failures, progress: as
+            `rollout.play_episodes`; the episodes that failures cost are not in the measures.
         temperature, max_completion_length: as `ModelPolicy`.
         recorder: writes the first episodes down, to be looked at; give it to one process only.
         distributed: the processes of a distributed run each play a part of the episodes, and all get the result; each
@@ -364,6 +372,7 @@ def evaluate_model(
                 num_envs=num_envs,
                 workers=workers,
                 env_timeout=env_timeout,
+                max_env_failures=max_env_failures,
                 share=share,
                 progress=progress,
             )
