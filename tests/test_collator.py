@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from tests import tiny_models
 from vlmq_trl.collator import SegmentDataset, SegmentSampler, VLMQDataCollator
+from vlmq_trl.policy import completion_tokens
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
 
 lengths_of_episodes = st.lists(st.integers(1, 12), min_size=1, max_size=8)
@@ -393,6 +394,32 @@ def test_labels_are_the_completion_and_its_end(name):
     assert batch["turn_terminated"].tolist() == [False, False, False]
     assert batch["turn_return_to_go"].tolist() == [1, 2, 5]
     assert "behavior_log_probs" not in batch
+
+
+@pytest.mark.parametrize("thought", ["<think>\n", "answer: "])
+@pytest.mark.parametrize("name", ["idefics3", "llama"])
+def test_a_turn_begins_where_play_does(name, thought):
+    """A generation prompt that ends with text which the template leaves out of an answered turn, as "thinking" models
+    have: a turn is that very prompt and its response, whatever that begins with."""
+    _, processor = tiny_models.build(name)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    processor.chat_template = processor.chat_template.replace(
+        "<|im_start|>assistant\n{% endif %}", f"<|im_start|>assistant\n{thought}{{% endif %}}"
+    )
+    data = segments(name, ENDINGS)
+    answers = ("up", "<b>up", "it is up</think>\nup", "an answer", "")
+    items = [data[0] for _ in answers]
+    for item, answer in zip(items, answers, strict=True):
+        item["completion"] = [{"role": "assistant", "content": answer}]
+    batch = VLMQDataCollator(processor)(items)
+    state = {"prompt": items[0]["prompt"], "images": items[0].get("images")}
+    prompt = generation_ids(processor, state).tolist()
+    assert tokenizer.decode(prompt).endswith(f"assistant\n{thought}")
+    for row, answer in enumerate(answers):
+        ids, labels = attended(batch, row).tolist(), batch["labels"][row]
+        assert ids[: len(prompt)] == prompt and labels[labels != -100].tolist() == ids[len(prompt) :]
+        assert tokenizer.decode(ids[len(prompt) :]) == answer + tiny_models.END
+        assert completion_tokens(processor, answer) == ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

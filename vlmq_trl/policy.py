@@ -22,6 +22,7 @@ from transformers import (
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .agent_format import AgentFormat
+from .collator import chat_text, turn_ending
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
@@ -38,15 +39,7 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
     configured = getattr(generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured])
     ids.add(tokenizer.eos_token_id)
-    multimodal = isinstance(processing_class, ProcessorMixin)
-    marker = "answer"
-
-    def message(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
-
-    example = {"prompt": [message("user", "question")], "completion": [message("assistant", marker)]}
-    completion = apply_chat_template(example, processing_class)["completion"]
-    ending = tokenizer(completion.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
+    ending = tokenizer(turn_ending(processing_class), add_special_tokens=False)["input_ids"]
     if ending and ending[0] in tokenizer.all_special_ids:
         ids.add(ending[0])
     return sorted(ids - {None})
@@ -73,7 +66,7 @@ def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase
         "prompt": [{"role": "user", "content": content("")}],
         "completion": [{"role": "assistant", "content": content(response)}],
     }
-    completion = apply_chat_template(example, processing_class)["completion"]
+    completion = chat_text(example, processing_class)["completion"]
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
 
