@@ -3,7 +3,10 @@
 
 import errno
 import functools
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -417,6 +420,19 @@ def test_resume(tmp_path, saved, prioritized):
     assert_same_run(resumed, whole)
 
 
+def test_a_resumed_run_needs_its_buffer(tmp_path):
+    run = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path / "run", **run).train()
+    make_trainer(tmp_path / "other", gamma=0.5, **run).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "run" / "replay")
+    with pytest.raises(ValueError, match=r"was written with .* collected turns in .*replay, which now holds 0 coll"):
+        make_trainer(tmp_path / "run", **run).train(resume_from_checkpoint=True)
+    shutil.copytree(tmp_path / "other" / "replay", tmp_path / "run" / "replay", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"which now holds other play.*Put the run's own buffer back"):
+        make_trainer(tmp_path / "run", **run).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize(("online", "checkpoint"), [(False, lambda path: True), (True, lambda path: path)])
 def test_a_finished_run_is_not_trained_further(tmp_path, online, checkpoint):
     kwargs = {"dataset": text_number_line(), "env": TextNumberLine if online else None, "max_steps": 3}
@@ -467,6 +483,31 @@ def test_a_run_without_a_checkpoint_finds_its_rounds_again(tmp_path, monkeypatch
     again.train()
     assert collected(tmp_path / "cut")[: len(known)] == known
     assert_same_run(again, whole)
+
+
+def test_purely_online_a_run_whose_first_rounds_were_evicted_finds_its_rounds_again(tmp_path):
+    run = {"replay_capacity": 20, "max_steps": 8}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[StopAt(7)], **run).train()
+    again = make_trainer(tmp_path, **run)
+    again.train()
+    assert again.state.global_step == 8 and again.model.critic.target_std.isfinite()
+
+
+def test_a_smaller_batch_after_a_full_memory(tmp_path, monkeypatch):
+    """`auto_find_batch_size` begins anew, on the buffer that is open."""
+    trainer = make_trainer(tmp_path, auto_find_batch_size=True, max_steps=2)
+    compute_loss, failed = trainer.compute_loss, []
+
+    def full(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", full)
+    trainer.train()
+    assert failed and trainer.state.global_step == 2
 
 
 def test_an_interrupted_round_is_filled_up(tmp_path, monkeypatch):
@@ -539,6 +580,23 @@ def test_what_tells_factories_apart_is_the_same_in_another_process():
     assert identity(CallableFormat(parse_fn=str.strip)) == identity(CallableFormat(parse_fn=str.strip))
     assert identity(functools.partial(Scaled, env=object())) == identity(functools.partial(Scaled, env=object()))
     assert identity(Scaled) != identity(TextNumberLine)
+    program = """if True:
+        from vlmq_trl.online.data import identity
+        class Player: pass
+        player = Player()
+        player.words, player.responses, player._cache = {f"word {n}" for n in range(9)}, RESPONSES, object()
+        print(identity(player))"""
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", program.replace("RESPONSES", str(n))],
+            env={**os.environ, "PYTHONHASHSEED": str(n)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for n in (1, 2)
+    }
+    assert len(told) == 1 and "word 8" in told.pop()
 
 
 # ---- what goes wrong ----
@@ -605,6 +663,55 @@ def test_some_failures_are_borne_and_counted(tmp_path):
     trainer = make_trainer(tmp_path, env=Flaky, init={"eval_env": TextNumberLine})
     trainer.train()
     assert step_logs(trainer)[-1]["env_failures"] == Flaky.resets // 4 > 0
+
+
+class FailsLate(TextNumberLine):
+    """Of the episodes of a run the first raises at its second turn, the second at its fifth."""
+
+    first = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.left = {FailsLate.first: 1, FailsLate.first + 1: 4}.get(seed, 99)
+        return super().reset(seed=1 if self.left < 99 else seed)  # seed 1: far from the goal
+
+    def step(self, action):
+        if self.left == 0:
+            raise RuntimeError("a hiccup")
+        self.left -= 1
+        return super().step(action)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_round_is_complete_when_it_has_its_turns(asynchronous, tmp_path):
+    """Also where running episodes, with which it would have been, are dropped when no other was to begin any more."""
+    FailsLate.first = config(tmp_path).rollout_seed
+    run = {"turns_per_round": 4, "max_env_turns": 4, "max_steps": 2, "max_env_failures": 5}
+    trainer = make_trainer(
+        tmp_path, env=FailsLate, init={"eval_env": TextNumberLine}, async_collection=asynchronous, **run
+    )
+    trainer.train()
+    logs = step_logs(trainer)[-1]
+    assert logs["env_turns"] >= 4 and logs["env_failures"] == 2
+
+
+def test_evaluation_bears_failures_as_collection_does(tmp_path):
+    class Flaky(TextNumberLine):
+        resets = 0
+
+        def reset(self, **kwargs):
+            Flaky.resets += 1
+            if Flaky.resets % 4 == 0:
+                raise RuntimeError("a hiccup")
+            return super().reset(**kwargs)
+
+    run = {"init": {"eval_env": Flaky}, "eval_strategy": "steps", "eval_steps": 2, "eval_num_envs": 2}
+    trainer = make_trainer(tmp_path / "borne", **run)
+    trainer.train()
+    told = [log["eval_episodes"] for log in trainer.state.log_history if "eval_episodes" in log]
+    assert len(told) == 3 and all(0 < episodes < 4 for episodes in told)
+    with pytest.raises(EnvFailureError, match="a hiccup"):
+        make_trainer(tmp_path / "not", max_env_failures=0, **run).train()
+    assert (tmp_path / "not" / "checkpoint-2" / "trainer_state.json").is_file()
 
 
 @pytest.mark.parametrize(("fault", "timeout"), [("exit", None), ("deaf", 1)])
@@ -730,6 +837,75 @@ def test_an_interrupted_learner_ends_the_collection(tmp_path):
     assert not trainer._online._thread.is_alive()
     with ReplayBuffer(tmp_path / "replay") as buffer:  # it was closed
         assert buffer.end > 0
+
+
+class SlowPlayer:
+    """Answers after a while, and counts."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def act(self, requests):
+        self.calls += 1
+        time.sleep(0.02)
+        return [Response("+")] * len(requests)
+
+
+def test_an_interrupted_learner_does_not_wait_for_a_round_of_another_policy(tmp_path):
+    player = SlowPlayer()
+    calls = []
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            calls.append(player.calls)
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(
+        tmp_path,
+        async_collection=True,
+        turns_per_round=200,
+        max_steps=100,
+        callbacks=[Interrupt()],
+        init={"rollout_policy": player},
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert player.calls <= calls[0] + 2 and not trainer._online._thread.is_alive()
+
+
+def test_play_pauses_during_an_evaluation(tmp_path, monkeypatch):
+    """So that the evaluation's samples are those of its seed, whatever is collected."""
+    player, calls = SlowPlayer(), []
+
+    def evaluated(*args, **kwargs):
+        before = player.calls
+        time.sleep(0.2)
+        calls.append(player.calls - before)
+        return {"success_rate": 0.0, "success_rate_low": 0.0, "success_rate_high": 1.0, "mean_return": 0.0}
+
+    monkeypatch.setattr("vlmq_trl.vlmq_trainer.evaluate_model", evaluated)
+    run = {"async_collection": True, "turns_per_round": 60, "updates_per_turn": 0.05}
+    trainer = make_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=1, max_steps=4, init={"rollout_policy": player}, **run
+    )
+    trainer.train()
+    assert calls == [0] * 4 and player.calls > 40
+
+
+def test_the_learner_goes_on_where_all_that_it_has_is_evicted(tmp_path):
+    """A slow learner: the thread's next round is the whole buffer before a batch is drawn from this one."""
+    trainer = make_trainer(
+        tmp_path, async_collection=True, replay_capacity=15, gradient_accumulation_steps=4, max_steps=8
+    )
+    collate = trainer.data_collator
+
+    def slow(items):
+        time.sleep(0.05)
+        return collate(items)
+
+    trainer.data_collator = slow
+    trainer.train()
+    assert trainer.state.global_step == 8
 
 
 def test_the_copy_waits_for_newer_weights(tmp_path, monkeypatch):

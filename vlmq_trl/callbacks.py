@@ -44,7 +44,7 @@ class EnvEvaluationCallback(TrainerCallback):
     ```
 
     Args:
-        env, agent_format, workers, env_timeout: as `rollout.play_episodes`.
+        env, agent_format, workers, env_timeout, max_env_failures: as `rollout.play_episodes`.
         eval_steps: optimiser steps from one evaluation to the next.
         episodes: played in each evaluation, the same ones every time.
         seed: of the first episode; keep it away from the training data's and from the final test's.
@@ -63,6 +63,7 @@ class EnvEvaluationCallback(TrainerCallback):
             the evaluation) and `train_seconds` (since training began, evaluations left out); of a trainer that
             collects play also `env_turns`, environment turns so far.
         best: the best record, None before the first evaluation.
+        restored_step: the step whose weights `restore_best` has put back, None before.
 
     The records also go to the trainer's `state.log_history` (`env_success_rate`, ...) and, if the trainer reports to
     TensorBoard, there. The processes of a distributed run share the episodes. Checkpoints hold the records and the
@@ -88,6 +89,7 @@ class EnvEvaluationCallback(TrainerCallback):
         progress: bool = False,
         workers: bool = False,
         env_timeout: float | None = None,
+        max_env_failures: int = 0,
     ):
         for name, value in (("eval_steps", eval_steps), ("episodes", episodes), ("num_envs", num_envs)):
             if value < 1:
@@ -107,10 +109,12 @@ class EnvEvaluationCallback(TrainerCallback):
             "progress": progress,
             "workers": workers,
             "env_timeout": env_timeout,
+            "max_env_failures": max_env_failures,
             "distributed": True,
         }
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
+        self.restored_step: int | None = None
         self._best_weights: dict[str, Tensor] = {}
         self._writer: SummaryWriter | None = None
         self._began, self._evaluating = 0.0, 0.0
@@ -135,6 +139,7 @@ class EnvEvaluationCallback(TrainerCallback):
                 )
             for name, x in own.items():
                 assign(x, best.get(name), source=0)
+        self.restored_step = int(self.best["step"])
         return self.best
 
     @property
@@ -155,7 +160,7 @@ class EnvEvaluationCallback(TrainerCallback):
                 "`keep_best` copies whole parameters, which FSDP 1 has flattened. Set `fsdp_version: 2`, or "
                 "`keep_best=False` and keep checkpoints with `save_strategy` instead."
             )
-        self.history, self.best, self._best_weights = [], None, {}
+        self.history, self.best, self._best_weights, self.restored_step = [], None, {}, None
         self._began, self._evaluating = time.perf_counter(), 0.0
         if "tensorboard" in args.report_to and state.is_world_process_zero:
             self._writer = SummaryWriter(str(_tensorboard_directory(args)))

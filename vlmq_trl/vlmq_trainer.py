@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 from . import losses
 from .agent import CARD_NAME, agent_card
 from .agent_format import AgentFormat, check_format, default_format, warn_of_another_format
+from .callbacks import EnvEvaluationCallback
 from .checkpoints import TRAINING_STATE, load_weights, newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
@@ -148,6 +149,8 @@ class VLMQTrainer(SFTTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = VLMQConfig(f"{name.split('/')[-1]}-VLMQ")
@@ -162,6 +165,7 @@ class VLMQTrainer(SFTTrainer):
             )
         self.env, self.rollout_policy = env, rollout_policy
         self._online: OnlineData | None = None
+        self._resumed_from: str | None = None
         eval_env = env if eval_env is None else eval_env
         self._index = None if train_dataset is None else validate_trajectories(train_dataset)
         first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
@@ -376,6 +380,8 @@ class VLMQTrainer(SFTTrainer):
     def _open_online(self, env: EnvSpec) -> None:
         """For one call of `train`."""
         args = self.args
+        if self._online is not None:  # `auto_find_batch_size` begins anew
+            self._online.close()
         buffer, rollouts = open_online(args, env, self.agent_format, self.train_dataset, self._index)
         kind = AsyncOnlineData if args.async_collection else OnlineData
         self._online = kind(
@@ -389,6 +395,10 @@ class VLMQTrainer(SFTTrainer):
             process=(args.process_index, args.world_size),
             progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
+        if self._resumed_from is not None:
+            path = Path(self._resumed_from) / _replay_manifest_name(args.process_index)
+            if path.is_file():
+                self._online.check_resumed(json.loads(path.read_text()))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -405,7 +415,7 @@ class VLMQTrainer(SFTTrainer):
             self._save_before_stopping()
             raise
         if self._index is None and update == 0 and self._with_critic and self.model.critic.is_fresh:
-            returns = np.concatenate(gather_object([online.buffer.return_to_go[np.arange(online.end)]]))
+            returns = np.concatenate(gather_object([online.buffer.return_to_go[online.rows()]]))
             self.model.critic.initialize_moments(float(returns.mean()), float(returns.std()))
         first = update * self.args.gradient_accumulation_steps
         batches = [
@@ -432,6 +442,7 @@ class VLMQTrainer(SFTTrainer):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if isinstance(resume_from_checkpoint, str) and self._restore_finished(resume_from_checkpoint):
             return TrainOutput(self.state.global_step, 0.0, {})
+        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -506,9 +517,10 @@ class VLMQTrainer(SFTTrainer):
         if mode == "train" and not math.isfinite(total):  # on every process alike, and before the weights change
             self.model.zero_grad()
             self._save_before_stopping()
+            saved = ", and are saved" if self.state.global_step else ""
             raise FloatingPointError(
-                f"The loss of update {self.state.global_step} is {total}. The weights are still those from before it, "
-                "and are saved. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
+                f"The loss of update {self.state.global_step} is {total}. The weights are still those from before it"
+                f"{saved}. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
             )
         return (loss, output) if return_outputs else loss
 
@@ -591,22 +603,29 @@ class VLMQTrainer(SFTTrainer):
         start = time.perf_counter()
         temperature = self.args.eval_temperature if temperature is None else temperature
         seed = self.args.eval_seed if seed is None else seed
-        played = evaluate_model(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self.eval_env,
-            episodes=self.args.eval_episodes if episodes is None else episodes,
-            temperature=temperature,
-            seed=seed,
-            num_envs=self.args.eval_num_envs,
-            max_completion_length=self.args.max_completion_length,
-            agent_format=self.agent_format,
-            workers=self.args.rollout_workers,
-            env_timeout=self.args.env_timeout,
-            recorder=self._recorder(),
-            distributed=True,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
+        try:
+            with nullcontext() if self._online is None else self._online.paused():
+                played = evaluate_model(
+                    self.accelerator.unwrap_model(self.model),
+                    self.processing_class,
+                    self.eval_env,
+                    episodes=self.args.eval_episodes if episodes is None else episodes,
+                    temperature=temperature,
+                    seed=seed,
+                    num_envs=self.args.eval_num_envs,
+                    max_completion_length=self.args.max_completion_length,
+                    agent_format=self.agent_format,
+                    workers=self.args.rollout_workers,
+                    env_timeout=self.args.env_timeout,
+                    max_env_failures=self.args.max_env_failures,
+                    recorder=self._recorder(),
+                    distributed=True,
+                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                )
+        except Exception:
+            if self.is_in_train:
+                self._save_before_stopping()
+            raise
         played |= {"runtime": time.perf_counter() - start, "temperature": temperature, "seed": seed}
         played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
         was_training = self.model.training
@@ -785,6 +804,9 @@ class VLMQTrainer(SFTTrainer):
         if len(played) > 1:
             plot_success(played, folder / CURVE_NAME)
         best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EnvEvaluationCallback) and callback.restored_step is not None:
+                best = callback.restored_step
         given = [tags] if isinstance(tags, str) else list(tags or [])
         trackers = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
         model_card(
@@ -809,8 +831,7 @@ class VLMQTrainer(SFTTrainer):
         if self._online is not None:
             folder, process = Path(output_dir), self.args.process_index
             folder.mkdir(parents=True, exist_ok=True)
-            name = f"replay_manifest{f'-{process}' if process else ''}.json"
-            (folder / name).write_text(json.dumps(self._online.buffer.manifest()) + "\n")
+            (folder / _replay_manifest_name(process)).write_text(json.dumps(self._online.buffer.manifest()) + "\n")
             if self._online.priorities is not None:
                 self._online.priorities.save(folder / PRIORITIES_NAME.format(process))
 
@@ -884,6 +905,10 @@ class _DrawnOnline(IterableDataset):
 def _has_log_probs(dataset: Dataset) -> bool:
     column = "behavior_logprobs"
     return column in dataset.column_names and any(row is not None for row in dataset[column])
+
+
+def _replay_manifest_name(process: int) -> str:
+    return f"replay_manifest{f'-{process}' if process else ''}.json"
 
 
 def _quantiles(x: Tensor) -> list[float]:

@@ -4,6 +4,8 @@
 import copy
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..policy import ModelPolicy
-from ..rollout import Request, Response
+from ..rollout import Policy, Request, Response
 from .data import OnlineData, measure
 
 
@@ -38,6 +39,7 @@ class AsyncOnlineData(OnlineData):
         self._update = 0  # the learner's
         self._wanted = 0  # the newest round that may be collected
         self._needs_offer = self._stopping = False
+        self._answering = self._paused = False
         self._error: BaseException | None = None
         self._staleness: list[int] = []
         self._reports: list[dict[str, float]] = []
@@ -111,6 +113,19 @@ class AsyncOnlineData(OnlineData):
             self._waited, self._since, self._staleness = 0.0, now, []
         return logs
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The thread's policy does not answer meanwhile: what is done then has torch's random state for itself."""
+        with self._state:
+            self._paused = True
+            self._state.wait_for(lambda: not self._answering)
+        try:
+            yield
+        finally:
+            with self._state:
+                self._paused = False
+                self._state.notify_all()
+
     def close(self) -> None:
         with self._state:
             self._stopping = True
@@ -129,7 +144,7 @@ class AsyncOnlineData(OnlineData):
                     if round > self._wanted:
                         self._state.wait(timeout=1.0)
                         continue
-                policy = self.policy or _UpToDate(self, self.model_policy(self._copy, round))
+                policy = _Answering(self, self.policy or self.model_policy(self._copy, round))
                 measured = {} if self._has(round) else measure(round, [self.play(round, policy)])
                 with self._state:
                     self._reports += [measured] if measured else []
@@ -142,23 +157,40 @@ class AsyncOnlineData(OnlineData):
                 self._error = error
                 self._state.notify_all()
 
-    def refresh(self, requests: int) -> None:
-        """Before the copy answers: takes the newest offer, and waits for one if the copy is too old."""
+    @contextmanager
+    def answering(self, requests: int) -> Iterator[None]:
+        """While the policy answers. Before, the copy takes the newest offer, and waits for one if it is too old.
+
+        Raises:
+            _Stopped: the learner has ended.
+        """
         with self._state:
-            while self._offered_update < 0 or self._update - self._offered_update > self.args.max_staleness:
-                if self._stopping:
-                    raise _Stopped
-                self._needs_offer = True
-                self._state.notify_all()
-                self._state.wait(timeout=1.0)
+            if self.policy is None:
+                self._refresh(requests)
+            self._state.wait_for(lambda: self._stopping or not self._paused)
             if self._stopping:
                 raise _Stopped
-            if self._offered_update > self._held_update:
-                with torch.no_grad():
-                    for name, weight in self._offered.items():
-                        self._copied[name].copy_(weight)
-                self._held_update = self._offered_update
-            self._staleness += [self._update - self._held_update] * requests
+            self._answering = True
+        try:
+            yield
+        finally:
+            with self._state:
+                self._answering = False
+                self._state.notify_all()
+
+    def _refresh(self, requests: int) -> None:
+        while self._offered_update < 0 or self._update - self._offered_update > self.args.max_staleness:
+            if self._stopping:
+                raise _Stopped
+            self._needs_offer = True
+            self._state.notify_all()
+            self._state.wait(timeout=1.0)
+        if self._offered_update > self._held_update:
+            with torch.no_grad():
+                for name, weight in self._offered.items():
+                    self._copied[name].copy_(weight)
+            self._held_update = self._offered_update
+        self._staleness += [self._update - self._held_update] * requests
 
 
 class _Stopped(Exception):
@@ -166,23 +198,23 @@ class _Stopped(Exception):
 
 
 @dataclass
-class _UpToDate:
-    """The copy as a policy: it looks to its age before each answer."""
+class _Answering:
+    """A policy that answers when the learner lets it: the copy, or a user's own."""
 
     data: AsyncOnlineData
-    policy: ModelPolicy
+    policy: Policy
 
     @property
     def responses(self) -> int:
-        return self.policy.responses
+        return getattr(self.policy, "responses", 0)
 
     @property
     def retokenized(self) -> int:
-        return self.policy.retokenized
+        return getattr(self.policy, "retokenized", 0)
 
     def act(self, requests: list[Request]) -> list[Response]:
-        self.data.refresh(len(requests))
-        return self.policy.act(requests)
+        with self.data.answering(len(requests)):
+            return self.policy.act(requests)
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:

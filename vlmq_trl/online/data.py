@@ -6,6 +6,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -80,7 +81,7 @@ class OnlineData:
 
     @property
     def env_turns(self) -> int:
-        """Turns collected so far by all processes, evicted ones too."""
+        """Turns that the learner has so far, collected by all processes, evicted ones too."""
         return self._own_counts()["env_turns"] if self._counts is None else self._counts["env_turns"]
 
     @property
@@ -90,7 +91,7 @@ class OnlineData:
 
     def _own_counts(self) -> dict[str, int]:
         return {
-            "env_turns": self.own_turns,
+            "env_turns": self.end - self.buffer.num_offline,
             "env_failures": self.env_failures,
             "replay_turns": self.end - self.buffer.start(self.end) + self.buffer.num_offline,
         }
@@ -121,28 +122,51 @@ class OnlineData:
             )
         self.run = run
 
+    def check_resumed(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError if the buffer is not the one that a checkpoint's run had, or has lost some of it.
+
+        Args:
+            saved: the buffer's manifest when the checkpoint was written.
+        """
+        here = self.buffer.manifest()
+        other = here["fingerprint"] != saved["fingerprint"] or here["counters"].get("run") != saved["counters"].get(
+            "run"
+        )
+        if other or here["end"] < saved["end"]:
+            held = "other play" if other and here["end"] > here["num_offline"] else f"{self.own_turns} collected turns"
+            raise ValueError(
+                f"The checkpoint was written with {saved['end'] - saved['num_offline']} collected turns in "
+                f"{self.buffer.folder}, which now holds {held}. Put the run's own buffer back, or start a new run "
+                "(without `resume_from_checkpoint`, in another `replay_dir`)."
+            )
+
     def advance(self, update: int) -> None:
         """Sees to it that the buffer has every round that is due before this update."""
         if self._counts is None:
             self._count()
         for round in range(self.round + 1, self.schedule.rounds_before(update) + 1):
-            self._obtain(round)
+            measured = self._obtain(round)
             self.round = round
             self._count()
+            if measured:
+                self.report(measured)
 
-    def _obtain(self, round: int) -> None:
+    def _obtain(self, round: int) -> dict[str, float]:
+        """Sees to it that the buffer has this round; returns what was measured where it had to be played."""
+        measured: dict[str, float] = {}
         known = self.buffer.round_end(round)
         lacking = [known is None or not known[1]]
         # A resumed process may have a round that another lacks; they play together, or none does.
         if any(lacking if self.num_processes == 1 else gather_object(lacking)):
-            self._collect(round)
+            measured = self._collect(round)
             known = self.buffer.round_end(round)
         assert known is not None
         # Of an old checkpoint's window nothing may be left: newer play is better than none.
         self.end = known[0] if self.buffer.start(known[0]) < known[0] else self.buffer.end
+        return measured
 
-    def _collect(self, round: int) -> None:
-        """Plays a round with the model as it is. Torch's random state is left as it was.
+    def _collect(self, round: int) -> dict[str, float]:
+        """Plays a round with the model as it is, and measures it. Torch's random state is left as it was.
 
         Raises:
             RuntimeError: another process failed, with its error's text; so that all stop, and can save together.
@@ -171,9 +195,7 @@ class OnlineData:
             parts = gather_object(parts)
         if error is not None:
             raise error
-        self._count()
-        if measured := measure(round, parts):
-            self.report(measured)
+        return measure(round, parts)
 
     @property
     def _other_process(self) -> tuple[int, ...]:
@@ -219,13 +241,15 @@ class OnlineData:
         )
         complete = False
         try:
-            for episode in self.rollouts.play(self._exploring(policy, round), numbers(), self._seed_of):
-                buffer.append(episode, round=round)
-                played.episodes.append(measures(episode))
-                bar.update(len(episode.turns))
-                if time.perf_counter() - last_commit > COMMIT_SECONDS:
-                    commit()
-                    last_commit = time.perf_counter()
+            # Again where running episodes that were counted on have been dropped.
+            while self.own_turns + buffer.pending_turns < goal:
+                for episode in self.rollouts.play(self._exploring(policy, round), numbers(), self._seed_of):
+                    buffer.append(episode, round=round)
+                    played.episodes.append(measures(episode))
+                    bar.update(len(episode.turns))
+                    if time.perf_counter() - last_commit > COMMIT_SECONDS:
+                        commit()
+                        last_commit = time.perf_counter()
             complete = True
         finally:
             bar.close()
@@ -256,6 +280,10 @@ class OnlineData:
         return ExploringPolicy(policy, self.rollouts.agent_format, epsilon) if epsilon else policy
 
     # ---- a batch ----
+
+    def rows(self) -> np.ndarray:
+        """[R] the collected rows that the learner has."""
+        return np.arange(self.buffer.start(self.end), self.end)
 
     def items(self, update: int, number: int, turns: int) -> list[dict[str, Any]]:
         """The collator's items of a batch, which depends on the seed, `number`, the buffer and the priorities alone.
@@ -301,10 +329,16 @@ class OnlineData:
             logs["replay_surprise"] = self.priorities.mean
         return logs
 
+    def paused(self) -> AbstractContextManager[None]:
+        """No play goes on meanwhile."""
+        return nullcontext()
+
     def close(self) -> None:
         """Closes the environments and the buffer."""
-        self.rollouts.close()
-        self.buffer.close()
+        try:
+            self.rollouts.close()
+        finally:
+            self.buffer.close()
 
 
 @dataclass
@@ -353,22 +387,31 @@ def identity(part: Any) -> str:
     """What tells an environment's factory, a format or a policy from another, and is the same in a later process: of
     functions and classes the source, of objects what they hold."""
     if isinstance(part, partial):
-        return f"{identity(part.func)} {_without_addresses(part.args)} {_without_addresses(part.keywords)}"
+        return f"{identity(part.func)} {_told(part.args)} {_told(part.keywords)}"
     if inspect.isfunction(part) or inspect.isclass(part):
         try:
             source = inspect.getsource(part)
         except (OSError, TypeError):  # typed in a console
             source = part.__qualname__
         enclosed = inspect.getclosurevars(part).nonlocals if inspect.isfunction(part) else {}
-        return f"{source} {_without_addresses(enclosed)}"
+        return f"{source} {_told(enclosed)}"
+    # What is private, or counted while it plays, says nothing of who it is.
     held = {
-        name: identity(x) if callable(x) else _without_addresses(x)
+        name: identity(x) if callable(x) else _told(x)
         for name, x in getattr(part, "__dict__", {}).items()
+        if not name.startswith("_") and name not in ("responses", "retokenized")
     }
-    return f"{type(part).__qualname__} {held or _without_addresses(part)}"
+    return f"{type(part).__qualname__} {held or _told(part)}"
 
 
-def _without_addresses(value: Any) -> str:
+def _told(value: Any) -> str:
+    """A value's `repr` without addresses, and with sets, which have another order in each process, in order."""
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__} {sorted(map(_told, value))}"
+    if isinstance(value, dict):
+        return f"{type(value).__name__} {[(_told(key), _told(x)) for key, x in value.items()]}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} {list(map(_told, value))}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
