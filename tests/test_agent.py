@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests import small_runs, tiny_models
 from tests.small_runs import NUMBER_LINE
@@ -15,6 +16,7 @@ from vlmq_trl import (
     AgentFormat,
     AutoModelForImageTextToTextWithValueHead,
     CallableFormat,
+    CriticConfig,
     VLMAgent,
     VLMQTrainer,
     episode_metrics,
@@ -183,6 +185,22 @@ def test_token_values_are_those_of_the_training(family, tmp_path):
     assert [value.advantage for value in values] == pytest.approx((q - v).tolist(), abs=1e-4)
     for row, response in zip(scored, responses, strict=True):
         assert "".join(value.token for value in row[:-1]).strip() == response.strip()
+
+
+def test_a_models_absolute_positions_are_those_of_the_training():
+    """GPT-2 counts them from a row's first column: what is scored beside a longer row is as when it is alone."""
+    torch.manual_seed(0)
+    tokenizer = tiny_models.make_tokenizer()
+    tokenizer.chat_template = tiny_models.chat_template()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, initializer_range=0.1)
+    agent = VLMAgent(AutoModelForImageTextToTextWithValueHead(GPT2LMHeadModel(config), CriticConfig()), tokenizer)
+    prompts = [[{"role": "user", "content": text}] for text in ("up", "a much longer question about the numbers")]
+    requests = [Request(None, prompt, [], np.random.default_rng(0)) for prompt in prompts]
+    together, alone = agent.score(requests, ["+", "-"]), agent.score(requests, ["+", "-"], batch_size=1)
+    for values, expected in zip(together, alone, strict=True):
+        assert [v.token for v in values] == [v.token for v in expected] and len(values) == 2
+        for name in ("log_prob", "q", "v"):
+            assert [getattr(v, name) for v in values] == pytest.approx([getattr(v, name) for v in expected], abs=1e-4)
 
 
 def test_best_of_n_takes_the_response_of_the_highest_q(trained, seen):

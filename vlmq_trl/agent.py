@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .agent_format import (
@@ -28,6 +27,7 @@ from .agent_format import (
     make_format,
     prompt_of,
 )
+from .collator import VLMQDataCollator
 from .critic import Critic
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
@@ -38,7 +38,7 @@ from .modeling import (
     load_pretrained,
     load_processor,
 )
-from .policy import ModelPolicy, completion_tokens, render
+from .policy import ModelPolicy
 from .rollout import EnvSpec, Request, Response, make_env, play_episodes
 from .trajectory import Episode
 
@@ -82,7 +82,7 @@ class TokenValue:
 
     @property
     def advantage(self) -> float:
-        """Q - V: what the filter of the training looked at."""
+        """Q - V. The filter of the training looked at the Q of the target heads, which follow these slowly."""
         return self.q - self.v
 
 
@@ -274,7 +274,12 @@ class VLMAgent:
     def score(
         self, requests: Sequence[Request], responses: Sequence[str], batch_size: int = 32
     ) -> list[list[TokenValue]]:
-        """`token_values` of many responses, one to each request."""
+        """`token_values` of many responses, one to each request.
+
+        Raises:
+            TypeError: a response is no string.
+            ValueError: there is no critic; or not one response to each request.
+        """
         critic = self.critic
         if critic is None:
             raise ValueError("There is no critic beside this model; only a VLMQ run saves one.")
@@ -283,9 +288,15 @@ class VLMAgent:
                 raise TypeError(f"A response must be a string, such as `Answer.response`, got {response!r:.100}.")
         found: list[list[TokenValue]] = []
         for start in range(0, len(requests), batch_size):
-            rows = list(zip(requests[start : start + batch_size], responses[start : start + batch_size], strict=True))
-            inputs, tokens = self._inputs(rows)
-            output = self.model(**inputs)
+            turns = zip(requests[start : start + batch_size], responses[start : start + batch_size], strict=True)
+            inputs = VLMQDataCollator(self.processing_class).tokenize(
+                [
+                    (request.prompt, list(request.images), [{"role": "assistant", "content": response}])
+                    for request, response in turns
+                ]
+            )
+            tokens = [labels[labels != -100].tolist() for labels in inputs["labels"]]
+            output = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
             v = output.target_state_values if output.state_values is None else output.state_values
             mean, std = critic.target_mean, critic.target_std
             columns = [output.log_probs, output.q_values.mean(-1) * std + mean, v.mean(-1) * std + mean]
@@ -298,39 +309,6 @@ class VLMAgent:
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return getattr(self.processing_class, "tokenizer", self.processing_class)
-
-    def _inputs(self, rows: Sequence[tuple[Request, str]]) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """Right-padded inputs with `labels` on the responses, [B, T]; and the responses' tokens."""
-        texts, completions = [], []
-        for request, response in rows:
-            text, _ = render(self.processing_class, request)
-            texts.append(text)
-            completions.append(completion_tokens(self.processing_class, response))
-        images = [list(request.images) for request, _ in rows]
-        inputs = self.processing_class(
-            text=texts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=False,
-            **({"images": images} if any(images) else {}),
-        )
-        longest, prompt = max(map(len, completions)), inputs["input_ids"].shape
-        labels = torch.full((prompt[0], prompt[1] + longest), -100)
-        for k, tokens in enumerate(completions):
-            labels[k, prompt[1] : prompt[1] + len(tokens)] = torch.tensor(tokens)
-        answered = labels[:, prompt[1] :]
-        pad = self._tokenizer.pad_token_id or 0
-        made: dict[str, Tensor] = {}
-        for name, value in inputs.items():
-            if value.shape[:2] != prompt:  # pixels
-                made[name] = value
-                continue
-            filled = {"input_ids": answered.masked_fill(answered == -100, pad), "attention_mask": (answered != -100)}
-            more = filled.get(name, torch.zeros_like(answered)).to(value.dtype)
-            made[name] = torch.cat([value, more], dim=1)
-        made["labels"] = labels
-        return {name: value.to(self.model.device) for name, value in made.items()}, completions
 
 
 class BestOfPolicy:

@@ -246,13 +246,12 @@ class VLMQDataCollator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         bootstraps = [item["bootstrap"] for item in items if item["bootstrap"] is not None]
-        rows = [self._render(item["prompt"], item.get("images"), item["completion"]) for item in items]
-        rows += [self._render(b["prompt"], b["images"], None) for b in bootstraps]
-        batch = self._tokenize(rows)
+        rows = [(item["prompt"], item.get("images"), item["completion"]) for item in items]
+        rows += [(b["prompt"], b["images"], None) for b in bootstraps]
+        batch = self.tokenize(rows)
         labels = batch["labels"]
         turns = len(items)
         labels[turns:] = -100
-        labels[:, 0] = -100
         counts = (labels[:turns] != -100).sum(1)
         self._check(items, batch["attention_mask"], counts)
 
@@ -273,6 +272,13 @@ class VLMQDataCollator:
         batch["segment_bootstrap"] = segment_bootstrap
         if any(item.get("behavior_logprobs") is not None for item in items):
             batch["behavior_log_probs"] = self._behavior_log_probs(items, counts)
+        return batch
+
+    def tokenize(self, rows: list[tuple[list[dict], list | None, list[dict] | None]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask`, `labels` [B, T] and the family's own tensors of rows: prompt, images and
+        completion, None for a bootstrap row."""
+        batch = self._tokenize([self._render(*row) for row in rows])
+        batch["labels"][:, 0] = -100
         return batch
 
     def _render(self, prompt: list[dict], images: list | None, completion: list[dict] | None) -> dict[str, Any]:
