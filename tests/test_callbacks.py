@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trl import SFTConfig, SFTTrainer
 
@@ -156,6 +157,24 @@ def test_the_whole_critic_comes_back(data, tmp_path, monkeypatch):
         assert torch.equal(value, seen[1][name])
     assert not torch.equal(last["target_mean"], seen[1]["target_mean"])
     assert any(not torch.equal(last[name], seen[1][name]) for name in last if name.startswith("target."))
+
+
+def test_the_card_tells_of_the_weights_that_were_put_back(data, tmp_path, monkeypatch):
+    play_back(monkeypatch, [(0.1, 0), (0.5, 0), (0.3, 0), (0.4, 0)])
+    model, processor = tiny_models.build("idefics3")
+    callback = make_callback(eval_steps=1)
+    trainer = VLMQTrainer(
+        model, arguments(tmp_path, VLMQConfig), train_dataset=data, processing_class=processor, callbacks=[callback]
+    )
+    trainer.train()
+
+    def told():
+        trainer.create_model_card()
+        return ModelCard.load(tmp_path / "README.md").data.eval_results[0].metric_value
+
+    assert told() == 0.4 and callback.restored_step is None
+    callback.restore_best(trainer.model)
+    assert told() == 0.5 and callback.restored_step == 1
 
 
 def test_training_ends_at_the_success_that_was_asked_for(data, tmp_path, monkeypatch):
