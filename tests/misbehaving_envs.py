@@ -65,6 +65,8 @@ class Misbehaving(gymnasium.Env):
         self.turns += 1
         if fault == "raise":
             raise KeyError("no such door")
+        if fault == "system exit":
+            raise SystemExit(3)
         if fault == "interrupt":
             raise KeyboardInterrupt
         if fault == "hang":
@@ -82,12 +84,22 @@ class Misbehaving(gymnasium.Env):
                     time.sleep(600)
         if fault == "exit":
             os._exit(3)
-        rewards = {"nan": float("nan"), "inf": np.float32("inf"), "word": "1", "none": None}
+        if fault == "task of bytes":
+            self.task = b"go \xff".decode(errors="surrogateescape")
+        self.legal_actions = {
+            "numbers to do": (0, 1),
+            "letters to do": "+-",
+            "method to do": self.close,
+            "bytes to do": ("go", "\udcff"),
+        }.get(fault, ["go", "stay"])
+        rewards = {"nan": float("nan"), "inf": np.float32("inf"), "huge": 1e39, "word": "1", "none": None}
         observations = {
             "float image": {"image": image / 255},
             "grey image": {"image": image[..., 0]},
             "array": image,
             "number as text": {"text": 3},
+            "text of bytes": {"text": "\udcff"},
+            "nothing to see": {"text": None},
             "global generator": {"text": str(np.random.random())},
             "function": {"text": "seed", "extra": lambda: None},
         }
@@ -96,6 +108,8 @@ class Misbehaving(gymnasium.Env):
         return observations.get(fault, observation), rewards.get(fault, reward)
 
     def close(self):
+        if self.fault == "close":
+            raise OSError("the browser is gone")
         if self.note:
             with open(self.note, "a") as note:
                 note.write("closed\n")

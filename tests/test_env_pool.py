@@ -21,6 +21,7 @@ import vlmq_trl
 from tests.misbehaving_envs import Misbehaving, make_nothing
 from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
 from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, Failure, Outcome, make_env
+from vlmq_trl.online.opening import _first_look
 
 ROOT = Path(__file__).parents[1]
 NUMBER_LINE = "vlmq_trl/NumberLine-v0"
@@ -61,22 +62,32 @@ def comparable(answer):
     return answer.observation["image"].tolist(), answer.observation["text"], *list(vars(answer).values())[1:]
 
 
+NOT_LEGAL = "raised TypeError: `legal_actions` must be a sequence of strings, such as ['left', 'right'], or None"
 FAULTS = {
     "raise": ("raised", "raised KeyError: 'no such door'"),
     "nan": ("reward", "gave the reward nan"),
     "inf": ("reward", "gave the reward np.float32(inf)"),
+    "huge": ("reward", "gave the reward 1e+39"),  # not finite in a dataset's float32
     "word": ("reward", "gave the reward '1'"),
     "none": ("reward", "gave the reward None"),
     "float image": ("observation", "gave an image of float64 and shape [4, 5, 3]"),
     "grey image": ("observation", "gave an image of uint8 and shape [4, 5]"),
     "array": ("observation", "gave ndarray as its observation, not a dictionary,"),
     "number as text": ("observation", "gave int as the text of its observation"),
+    "text of bytes": ("observation", r"gave the text '\udcff', which is not valid Unicode,"),
+    "task of bytes": ("observation", r"gave the task 'go \udcff', which is not valid Unicode,"),
+    "nothing to see": ("observation", "gave an observation with neither image nor text"),
+    "numbers to do": ("raised", f"{NOT_LEGAL}, got (0, 1); if it is a method"),
+    "letters to do": ("raised", f"{NOT_LEGAL}, got '+-'"),
+    "method to do": ("raised", f"{NOT_LEGAL}, got <bound method"),
+    "bytes to do": ("observation", r"gave the legal action '\udcff', which is not valid Unicode,"),
 }
 PROCESS_FAULTS = {
     "function": ("observation", "gave an observation that cannot be sent:"),
     "hang": ("timeout", "gave no answer within 1 s"),
     "deaf": ("timeout", "gave no answer within 1 s"),
     "exit": ("died", "lost its process (exit code 3)"),
+    "system exit": ("died", "lost its process (exit code 3)"),
 }
 
 
@@ -103,6 +114,42 @@ def test_every_fault_has_its_kind_and_the_environment_is_made_anew(fault, worker
         pool.close()
     untouched = EnvPool(Misbehaving, num_envs=1)
     assert [comparable(a) for a in play(untouched, 8, ("go", "stay", "go"))] == [comparable(a) for a in after]
+
+
+def test_an_environment_that_ends_the_program_is_kept_from_it():
+    pool = EnvPool(Misbehaving, {"fault": "system exit", "seeds": (7,)}, num_envs=1)
+    failure = play(pool, 7)[-1]
+    assert (failure.kind, failure.did) == ("raised", "raised SystemExit: 3") and len(play(pool, 8)) == 4
+    pool.close()
+
+
+def test_observations_for_a_format_of_the_users_own():
+    class Board(Misbehaving):
+        def answer(self):
+            return {"board": 1}, super().answer()[1]
+
+    pool = EnvPool(Board, num_envs=1)
+    assert [answer.observation for answer in play(pool, 7)] == [{"board": 1}] * 4
+    pool.close()
+
+
+def test_an_environment_that_cannot_be_closed(caplog):
+    pool = EnvPool(Misbehaving, {"fault": "close"}, num_envs=2)
+    assert len(play(pool, 7)) == 4
+    pool.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "An environment could not be closed: OSError: the browser is gone"
+    ] * 2
+
+
+def test_the_look_before_an_online_run_is_as_strict():
+    def look(fault):
+        return _first_look(functools.partial(Misbehaving, fault, (7,), turn=-1), None, 7)
+
+    for fault in ("numbers to do", "letters to do", "method to do"):
+        with pytest.raises(TypeError, match="`legal_actions` must be a sequence of strings"):
+            look(fault)
+    assert [lists_actions for _, lists_actions in map(look, ("", "close"))] == [True, True]
 
 
 @pytest.mark.parametrize("workers", [False, True])

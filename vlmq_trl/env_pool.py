@@ -9,12 +9,14 @@ Processes come from a fork server, since the parent has threads. They import Gym
 no torch, and not the parent's main module unless the environment is defined there. What they say is pickled by
 `multiprocessing`, between processes of one program. They need POSIX.
 
-Contents: `EnvSpec`, `make_env`, `Outcome`, `Failure`, `FAILURES`, `EnvFailureError`, `EnvPool`.
+Contents: `EnvSpec`, `make_env`, `close_env`, `legal_actions_of`, `Outcome`, `Failure`, `FAILURES`, `EnvFailureError`,
+`EnvPool`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
@@ -23,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -37,17 +39,22 @@ from gymnasium.envs.registration import EnvSpec as RegisteredSpec
 
 from vlmq_trl.agent_format import AgentFormat, default_format
 
+logger = logging.getLogger(__name__)
+
 EnvSpec = str | Callable[..., gymnasium.Env]
 
 START_TIMEOUT = 600.0  # seconds for a process to come up and make its environment; some start a browser
 CLOSE_TIMEOUT = 5.0  # seconds for environments to close before their processes are terminated
 TERMINATE_TIMEOUT = 1.0  # the same for one that failed; also the seconds from SIGTERM to SIGKILL
+RAISED = (Exception, SystemExit)  # an environment's own fault; Ctrl-C is not
+LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 # What an environment can do wrong, and what to do about it.
 FAILURES = {
     "raised": "Mend the environment, or drop such episodes by `max_env_failures`.",
     "timeout": "Raise `env_timeout` if the environment is only slow, or drop such episodes by `max_env_failures`.",
-    "reward": "Rewards must be finite numbers; mend the environment, or drop such episodes by `max_env_failures`.",
+    "reward": "Rewards must be finite numbers, in float32 too; mend the environment, or drop such episodes by "
+    "`max_env_failures`.",
     "observation": "Mend the environment, or wrap it so that it returns {'image': uint8 [H, W, 3], 'text': str}.",
     "died": "Mend the environment (or give the machine more memory), or drop such episodes by `max_env_failures`.",
     "start": "Mend what makes the environment: the Gymnasium id, the function, or env_kwargs.",
@@ -78,7 +85,7 @@ class Failure:
     kind: str  # one of FAILURES
     did: str  # completes the sentence "The environment ..."
     trace: str = ""  # the traceback of what it raised
-    error: Exception | None = None  # the same as an object, if it was raised in this process
+    error: BaseException | None = None  # the same as an object, if it was raised in this process
 
     @classmethod
     def of(cls, kind: str, did: str, error: Exception) -> Failure:
@@ -115,6 +122,31 @@ def make_env(env: EnvSpec, env_kwargs: Mapping[str, Any] | None = None) -> gymna
     return made
 
 
+def close_env(env: gymnasium.Env) -> None:
+    """Closes an environment. One that cannot be closed is a warning: what it played is no worse for that."""
+    try:
+        env.close()
+    except RAISED as error:
+        logger.warning("An environment could not be closed: %s: %s", type(error).__name__, error)
+
+
+def legal_actions_of(env: gymnasium.Env) -> tuple[str, ...]:
+    """The actions that an environment lists as legal now, in its attribute `legal_actions`; () where it lists none.
+
+    Raises:
+        TypeError: they are not a sequence of strings.
+    """
+    listed = env.get_wrapper_attr("legal_actions") if env.has_wrapper_attr("legal_actions") else None
+    if listed is None:
+        return ()
+    if isinstance(listed, str) or not isinstance(listed, Sequence) or not all(isinstance(one, str) for one in listed):
+        raise TypeError(
+            f"`legal_actions` must be a sequence of strings, such as ['left', 'right'], or None, got {listed!r:.100}; "
+            "if it is a method, make it a property."
+        )
+    return tuple(listed)
+
+
 # One environment's work, in either kind of process.
 
 
@@ -129,9 +161,16 @@ def _outcome(env: gymnasium.Env, observation: Any, **rest: Any) -> Outcome:
         observation = {**observation, "image": image}
     if text is not None and not isinstance(text, str):
         raise _Misfit("observation", f"gave {type(text).__name__} as the text of its observation")
+    if image is None and text is None and observation.keys() <= {"image", "text"}:  # others are for other formats
+        raise _Misfit("observation", "gave an observation with neither image nor text")
     task = str(env.get_wrapper_attr("task")) if env.has_wrapper_attr("task") else ""
-    legal = env.get_wrapper_attr("legal_actions") if env.has_wrapper_attr("legal_actions") else None
-    return Outcome(observation, task, tuple(legal or ()), **rest)
+    legal = legal_actions_of(env)
+    for what, said in (("text", text), ("task", task), *(("legal action", action) for action in legal)):
+        try:
+            (said or "").encode()
+        except UnicodeEncodeError:
+            raise _Misfit("observation", f"gave the {what} {said!a:.100}, which is not valid Unicode,") from None
+    return Outcome(observation, task, legal, **rest)
 
 
 def _reset(env: gymnasium.Env, seed: int) -> Outcome:
@@ -145,7 +184,7 @@ def _step(env: gymnasium.Env, action: str) -> Outcome:
         reward = math.nan if isinstance(given, str) else float(given)
     except (TypeError, ValueError):
         reward = math.nan
-    if not math.isfinite(reward):
+    if not abs(reward) <= LARGEST_REWARD:
         raise _Misfit("reward", f"gave the reward {given!r:.100}")
     return _outcome(
         env,
@@ -179,20 +218,20 @@ class _Local:
         if self.env is None:
             try:
                 self.env = self.make()
-            except Exception as error:
+            except RAISED as error:
                 return Failure("start", f"could not be made anew: {type(error).__name__}: {error}", error=error)
         work, argument = self.command
         try:
             return work(self.env, argument)
         except _Misfit as misfit:
             return misfit.failure
-        except Exception as error:
+        except RAISED as error:
             return Failure("raised", f"raised {type(error).__name__}: {error}", error=error)
 
     def close(self) -> None:
         made, self.env = self.env, None
         if made is not None:
-            made.close()
+            close_env(made)
 
     def end(self, deadline: float) -> None:
         """Nothing is left to do."""

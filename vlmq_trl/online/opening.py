@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..agent_format import AgentFormat, default_format
+from ..env_pool import close_env, legal_actions_of
 from ..replay import ReplayBuffer, process_folder
 from ..rollout import EnvSpec, Policy, Rollouts, make_env
 from ..trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
@@ -28,7 +29,7 @@ def check_online(
         One turn of the environment as the agent will see it, with an empty response.
 
     Raises:
-        ValueError: says what does not fit, and what to do.
+        ValueError, TypeError: say what does not fit, and what to do.
     """
     if args.world_size > 1 and args.async_collection:
         raise ValueError(
@@ -122,8 +123,8 @@ def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[
         fmt = agent_format if agent_format is not None else default_format(made)
         task = str(made.get_wrapper_attr("task")) if made.has_wrapper_attr("task") else ""
         prompt, images = fmt.build_prompt(task, made.reset(seed=seed)[0])
-        legal = made.get_wrapper_attr("legal_actions") if made.has_wrapper_attr("legal_actions") else None
+        legal_actions = legal_actions_of(made)
     finally:
-        made.close()
+        close_env(made)
     turn = Turn(prompt, images, "", 0.0)
-    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), bool(legal)
+    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), bool(legal_actions)
