@@ -22,6 +22,7 @@ from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.envs import Decision, make_demonstrator
 from vlmq_trl.metrics import wilson_interval
 from vlmq_trl.rollout import (
+    AHEAD,
     DemonstratorPolicy,
     ExploringPolicy,
     Request,
@@ -128,6 +129,34 @@ def test_a_finished_environment_takes_the_next_episode_at_once():
     turns = sum(len(episode.turns) for episode in played)
     assert sum(policy.batches) == turns
     assert all(size == 4 for size in policy.batches[: turns // 4 - 4])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_slow_episode_does_not_fill_the_memory(fails):
+    """What has ended meanwhile waits for it, so no more than so many are begun; also if it fails in the end."""
+
+    class FirstIsLong(Countdown):
+        begun, ahead = 0, 0
+
+        def reset(self, *, seed=None, options=None):
+            FirstIsLong.begun += 1
+            observation, info = super().reset(seed=seed)
+            self.count = 200 if seed == 0 else 1
+            self.limit = 300
+            return observation, info
+
+        def step(self, action):
+            stepped = super().step(action)
+            if stepped[2] and self.turns == 200:
+                FirstIsLong.ahead = FirstIsLong.begun
+                if fails:
+                    raise RuntimeError("so late")
+            return stepped
+
+    episodes = list(play_episodes(FirstIsLong, Scripted(), episodes=150, num_envs=2, max_env_failures=1))
+    assert [episode.seed for episode in episodes] == list(range(fails, 150))
+    assert fails or len(episodes[0].turns) == 200
+    assert AHEAD * 2 <= FirstIsLong.ahead <= AHEAD * 2 + 2
 
 
 def test_it_streams():

@@ -37,6 +37,8 @@ NO_STATE_TO_READ = (
     "A demonstrator reads the environment's state, which lies in another process when workers=True; play it with "
     "workers=False."
 )
+# How many episodes may have ended, for each environment, before one that was begun earlier.
+AHEAD = 16
 # The least value of each argument that is a number.
 LEAST = {"episodes": 1, "seed": 0, "num_envs": 1, "max_turns": 1, "max_env_failures": 0}
 
@@ -287,8 +289,8 @@ class Rollouts:
         """Plays the episodes with these numbers and yields each when it ends.
 
         A number is drawn when an environment is free for it, after what ended before has been yielded; so the caller
-        can stop by ending `numbers`, and the running episodes are then played to their end. Closing the generator
-        drops them; the environments can play again.
+        can stop by ending `numbers`, and the running episodes are then played to their end; an iterator that has more
+        again by then is asked again. Closing the generator drops them; the environments can play again.
 
         Args:
             seed_of: by an episode's number, the seed its environment is reset with, in place of `seed` + number.
@@ -301,14 +303,14 @@ class Rollouts:
         if not len(self._pool):
             raise ValueError("These rollouts are closed; make new ones.")
         seed_of = seed_of or (lambda number: self._seed + number)
-        return self._play(policy, ((number, seed_of(number)) for number in numbers))
+        return self._play(policy, iter(numbers), seed_of)
 
-    def _play(self, policy: Policy, numbered: Iterator[tuple[int, int]]) -> Iterator[Episode]:
+    def _play(self, policy: Policy, numbers: Iterator[int], seed_of: Callable[[int], int]) -> Iterator[Episode]:
         if self._playing:
             raise RuntimeError("These rollouts are playing already; exhaust or close the other generator first.")
         self._playing = True
         try:
-            self._start(numbered)
+            self._start(numbers, seed_of)
             while self._running:
                 running = sorted(self._running.items())
                 requests = [
@@ -317,17 +319,18 @@ class Rollouts:
                 ]
                 responses = _answers(policy, requests)
                 yield from self._turn({k: response for (k, _), response in zip(running, responses, strict=True)})
-                self._start(numbered)
+                self._start(numbers, seed_of)
         finally:
             self._playing = False
             self._running.clear()
             self._pool.abandon()
 
-    def _start(self, numbered: Iterator[tuple[int, int]]) -> None:
+    def _start(self, numbers: Iterator[int], seed_of: Callable[[int], int]) -> None:
         """Begins an episode in every free environment, as long as there are numbers."""
         free = [k for k in range(len(self._pool)) if k not in self._running]
         while free:
-            begun = dict(zip(free, numbered, strict=False))  # in this order, so that no number is drawn in vain
+            # In this order, so that no number is drawn in vain.
+            begun = {k: (number, seed_of(number)) for k, number in zip(free, numbers, strict=False)}
             for k, (_, seed) in begun.items():
                 self._pool.reset(k, seed)
             free = []
@@ -480,9 +483,28 @@ def play_episodes(
         )
         finished: dict[int, Episode] = {}
         due, stopped = numbers.start, None
+
+        class Near:
+            """The numbers, for now only those that are not far ahead of the episode that is due: what has ended before
+            it waits in memory."""
+
+            coming = numbers.start
+
+            def __iter__(self) -> Iterator[int]:
+                return self
+
+            def __next__(self) -> int:
+                nonlocal due
+                while due in rollouts.dropped:
+                    due += numbers.step
+                if self.coming >= numbers.stop or self.coming - due > AHEAD * num_envs * numbers.step:
+                    raise StopIteration
+                self.coming += numbers.step
+                return self.coming - numbers.step
+
         with rollouts, tqdm(total=len(numbers), unit="episode", desc=_env_name(env), disable=not progress) as bar:
             try:
-                for episode in rollouts.play(policy, numbers):
+                for episode in rollouts.play(policy, Near()):
                     finished[episode.seed - seed] = episode
                     bar.update()
                     while due in finished or due in rollouts.dropped:
