@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
@@ -92,6 +93,27 @@ def test_an_evaluation_under_other_settings_does_not_count(tmp_path):
     text = (tmp_path / "agent" / "README.md").read_text()
     rows = re.findall(r"^\| (\d+) \|.* (\d+) \|$", text, flags=re.MULTILINE)
     assert rows == [("2", "4"), ("4", "4")] and "87.5" not in text and "0.875" not in text
+
+
+def test_an_evaluation_after_training_takes_no_steps_place(tmp_path):
+    """It may be of other weights, such as the best."""
+    trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    own = evaluations(trainer.state.log_history, trainer.args.to_dict())
+    trainer.evaluate()
+    trainer.state.log_history[-1]["eval_success_rate"] = 0.875
+    assert evaluations(trainer.state.log_history, trainer.args.to_dict()) == own
+    assert [e.step for e in own] == [2, 4]
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llama"])
+def test_the_stock_line_opens_the_model(family, tmp_path):
+    sees_images = family in tiny_models.VLM_NAMES
+    model, _ = tiny_models.build(family)
+    model.save_pretrained(tmp_path)
+    text = str(card(repo_id=str(tmp_path), is_adapter=False, sees_images=sees_images))
+    name, repo = re.search(r"`model = (\w+)\.from_pretrained\(.(.*).\)`", text).groups()
+    assert type(getattr(transformers, name).from_pretrained(repo)) is type(model)
 
 
 def played(n):

@@ -52,7 +52,8 @@ class Evaluation:
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> list[Evaluation]:
-    """What a trainer's log says of episodes that were played, by `evaluate` or by an `EnvEvaluationCallback`.
+    """What a trainer's log says of episodes that were played, by `evaluate` or by an `EnvEvaluationCallback`: at each
+    step the first.
 
     Args:
         arguments: the trainer's. What `evaluate` was told to play otherwise is left out: a look at few episodes, or at
@@ -69,7 +70,7 @@ def evaluations(log_history: Sequence[Mapping[str, Any]], arguments: Mapping[str
             continue
         for kind, (rate, low, high, prefix) in names.items():
             if all(name in entry for name in (rate, low, high, f"{prefix}mean_return")):
-                found[kind, entry["step"]] = Evaluation(
+                played = Evaluation(
                     step=entry["step"],
                     success_rate=entry[rate],
                     low=entry[low],
@@ -78,6 +79,8 @@ def evaluations(log_history: Sequence[Mapping[str, Any]], arguments: Mapping[str
                     episodes=int(entry.get(f"{prefix}episodes", 0)),
                     env_turns=entry.get("env_turns", entry.get("env_env_turns")),
                 )
+                # A later one at this step, after training, may be of other weights: the best, say.
+                found.setdefault((kind, entry["step"]), played)
     kinds = {kind for kind, _ in found}
     kind = "eval_success_rate" if "eval_success_rate" in kinds else "env_success_rate"
     return sorted((e for (k, _), e in found.items() if k == kind), key=lambda e: e.step)
@@ -131,7 +134,7 @@ def model_card(
         _success_table(played, shown),
         f"![Success against steps, with its 95 % interval]({curve})" if curve else "",
         "## Play",
-        _usage(repo_id, env_id, is_adapter),
+        _usage(repo_id, env_id, is_adapter, sees_images),
         "## Training",
         "\n".join(
             ["| setting | value |", "| --- | --- |"]
@@ -182,12 +185,13 @@ def _success_table(played: Sequence[Evaluation], shown: Evaluation | None) -> st
     return "\n".join([*lines, "", note])
 
 
-def _usage(repo_id: str, env_id: str | None, is_adapter: bool) -> str:
+def _usage(repo_id: str, env_id: str | None, is_adapter: bool, sees_images: bool) -> str:
     env = f'"{env_id}"' if env_id else "my_env"
+    auto_class = "AutoModelForImageTextToText" if sees_images else "AutoModelForCausalLM"
     stock = (
         f'model = PeftModel.from_pretrained(base_model, "{repo_id}")'
         if is_adapter
-        else f'model = AutoModelForImageTextToText.from_pretrained("{repo_id}")'
+        else f'model = {auto_class}.from_pretrained("{repo_id}")'
     )
     return f"""```python
 import gymnasium
