@@ -385,6 +385,124 @@ def test_softcaps_scales_and_biases_of_the_head(name, kwargs, transform):
         assert (wrapped(**batch).log_probs - out.log_probs).abs().max() > 0.01
 
 
+def tiny_vlm(text=None, **kwargs):
+    """A tiny Gemma3, or LLaVA around another family's text model."""
+    if text is None:
+        config = tiny_models.build("gemma3")[0].config
+        config.text_config.update(kwargs)
+        return tf.Gemma3ForConditionalGeneration(config).eval()
+    model_class, config_class = tf.LlavaForConditionalGeneration, tf.LlavaConfig
+    if text == "cohere2":
+        model_class, config_class = tf.AyaVisionForConditionalGeneration, tf.AyaVisionConfig
+    text_config = {"model_type": text, "vocab_size": 300, **tiny_models.TEXT, **kwargs}
+    vision_config = {"model_type": "siglip_vision_model", "vision_use_head": False, **tiny_models.VISION}
+    torch.manual_seed(0)
+    return model_class(config_class(text_config=text_config, vision_config=vision_config)).eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs"),
+    [
+        ("cohere2", {"logit_scale": 0.25}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("gemma2", {"head_dim": 40, "final_logit_softcapping": 0.5}),
+        (None, {"final_logit_softcapping": 0.5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@torch.no_grad()
+def test_what_the_model_around_a_text_model_leaves_out(text, kwargs):
+    """Its own forward counts, not what the text model's configuration says."""
+    model = tiny_vlm(text, **kwargs)
+    model.get_output_embeddings().weight.mul_(20)
+    wrapped = wrap(model, VOCAB)
+    assert LogitTransform.from_config(model.config.get_text_config()) != LogitTransform() == wrapped.logit_transform
+    input_ids = torch.randint(3, 200, (2, 12))
+    batch = {"input_ids": input_ids, "labels": input_ids.clone(), "bootstrap_mask": torch.zeros(2, 12, dtype=bool)}
+    batch["labels"][:, :7] = -100
+    batch["bootstrap_mask"][1, -1] = True
+    out, ref = wrapped(**batch), dense(model, batch)
+    assert_near(out.log_probs, ref["log_probs"][torch.arange(10), ref["tokens"]])
+    q = q_rows(wrapped.critic.target, ref["before"])
+    assert_near(out.target_state_values, (ref["log_probs"].exp()[:, None] * q).sum(-1))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.BertConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, is_decoder=True
+        ),
+        tf.ElectraConfig(
+            hidden_size=32, embedding_size=16, num_hidden_layers=1, num_attention_heads=4, is_decoder=True
+        ),
+        tf.ModernBertDecoderConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_layers_between_the_backbone_and_the_head_are_refused(config):
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has more than a head, a factor and a softcap"):
+        ValueHeadModel(model)
+
+
+def test_a_factor_of_another_name_is_refused():
+    model, _ = tiny_models.build("llama")
+
+    class Llama(type(model)):
+        def forward(self, **kwargs):
+            output = super().forward(**kwargs)
+            output.logits = output.logits / 3
+            return output
+
+    model.__class__ = Llama
+    with pytest.raises(ValueError, match="Llama has more than a head, a factor and a softcap"):
+        ValueHeadModel(model)
+
+
+def test_a_forward_that_wants_pictures_is_believed_to_be_as_configured():
+    model = tiny_text_model("Cohere", logit_scale=0.25)
+
+    class Cohere(type(model)):
+        def forward(self, pixel_values, **kwargs):
+            return super().forward(**kwargs)
+
+    model.__class__ = Cohere
+    with pytest.warns(UserWarning, match="Could not find out what Cohere does to its logits.*scale=0.25"):
+        assert ValueHeadModel(model).logit_transform == LogitTransform(0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_of_the_logits_reads_and_changes_nothing(dtype):
+    """Weights may be broken, or not there."""
+    with torch.device("meta"):
+        assert LogitTransform.of(tiny_vlm("granite", logits_scaling=4.0)) == LogitTransform()
+    model = tiny_text_model("Granite", logits_scaling=4.0).train().to(dtype)
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    own, random = {name: dict(vars(module)) for name, module in model.named_modules()}, torch.get_rng_state()
+    assert LogitTransform.of(model) == LogitTransform(0.25)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == own
+
+
+@torch.no_grad()
+def test_hidden_states_of_another_size_than_the_configurations():
+    config = tf.OPTConfig(
+        vocab_size=99, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = tf.OPTForCausalLM(config).eval()
+    wrapped = wrap(model, SCALAR)
+    assert wrapped.critic.config.hidden_size == 16
+    input_ids = torch.randint(3, 99, (1, 6))
+    labels = torch.cat([torch.full((1, 3), -100), input_ids[:, 3:]], dim=1)
+    expected = model(input_ids=input_ids).logits[0, 2:-1].log_softmax(-1)[torch.arange(3), input_ids[0, 3:]]
+    assert_near(wrapped(input_ids, labels=labels).log_probs, expected)
+
+
 # ---- gradients ----
 
 

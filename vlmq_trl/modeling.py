@@ -12,9 +12,11 @@ import json
 import os
 import tempfile
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, CommitInfo, HfApi, hf_hub_download, try_to_load_from_cache
@@ -81,6 +83,15 @@ class ValueHeadOutput(ModelOutput):
     bootstrap_values: Any = None
 
 
+class _OnlyHidden(tuple):
+    """A backbone's output: its last hidden states; all else is None."""
+
+    last_hidden_state = property(lambda self: self[0])
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What a family does to the head's output: logits = softcap * tanh(scale * x / softcap), or scale * x."""
@@ -100,6 +111,57 @@ class LogitTransform:
             return cls(scaling if config.model_type == "hyperclovax" else 1 / scaling, softcap)
         return cls(1.0, softcap)
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "LogitTransform":
+        """What a model's own forward does: what its configuration says or, as in classes around a text model, nothing.
+
+        The forward runs once with numbers in place of what its backbone and its head give. No weight of these is read,
+        so that they may be in any precision, split or not there yet. Of a forward that does not run so the
+        configuration is believed, with a warning.
+
+        Raises:
+            ValueError: the forward does something else before the head or after it.
+        """
+        configured = cls.from_config(model.config.get_text_config())
+        head, decoder = model.get_output_embeddings(), model.get_decoder()
+        vocab_size, hidden_size = _shape(head.weight)
+        device = "cpu" if head.weight.is_meta else head.weight.device
+        hidden = torch.linspace(-1, 1, hidden_size, dtype=head.weight.dtype, device=device).square()
+        raw = torch.linspace(-100, 100, vocab_size, device=device)  # wide enough for a cap to show
+        projected: list[Tensor] = []
+
+        def project(x: Tensor) -> Tensor:
+            projected.append(x.float().flatten())
+            return raw.expand(*x.shape[:-1], -1)
+
+        with ExitStack() as stack, torch.no_grad():
+            given = _OnlyHidden([hidden.reshape(1, 1, -1)])
+            backbones = [
+                stack.enter_context(patch.object(part, "forward", return_value=given))
+                for part in {model.base_model, decoder} - {model, None}  # some classes pass the former by
+            ]
+            stack.enter_context(patch.object(head, "forward", project))
+            tokens, logits, told = torch.zeros(1, 1, dtype=torch.long, device=device), None, True
+            try:
+                logits = type(model).forward(model, input_ids=tokens).logits.float().flatten()
+            except Exception as error:  # it wants pictures, say; or layers before the head want another size
+                told = isinstance(error, RuntimeError) and not projected
+        if not told or not any(backbone.called for backbone in backbones):
+            warnings.warn(
+                f"Could not find out what {type(model).__name__} does to its logits; going on as its configuration "
+                f"says: {configured}. Compare a few log-probabilities with its own.",
+                stacklevel=3,
+            )
+            return configured
+        if logits is not None and projected and _near(projected[0], hidden.float()) and logits.shape == raw.shape:
+            nearest = min((configured, cls()), key=lambda transform: float((transform(raw) - logits).abs().max()))
+            if _near(logits, nearest(raw)):
+                return nearest
+        raise ValueError(
+            f"{type(model).__name__} has more than a head, a factor and a softcap between its last hidden states and "
+            "its logits, which is not supported: the policy that is trained would not be the model's own."
+        )
+
     def __call__(self, x: Tensor) -> Tensor:
         x = x * self.scale
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
@@ -118,8 +180,8 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             before, if several processes must agree on the fresh weights.
 
     Raises:
-        ValueError: if the model has no language-model head or an adapter on it, or its adapter adds virtual tokens, or
-            several adapters act at once.
+        ValueError: if the model has no language-model head or an adapter on it, or does more to its hidden states than
+            project, scale and cap them, or its adapter adds virtual tokens, or several adapters act at once.
     """
 
     def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
@@ -154,12 +216,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
                 "There is an adapter on the language-model head, whose weight is read directly: the adapter would be "
                 "left out of the policy. Remove the head from `target_modules`."
             )
-        text_config = base.config.get_text_config()
+        logit_transform = LogitTransform.of(base)
         config = critic_config or CriticConfig()
-        expected = {"hidden_size": text_config.hidden_size, "vocab_size": None}
-        if config.critic_type == "vocab":
-            # Under ZeRO-3 a partitioned weight reports an empty shape.
-            expected["vocab_size"] = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+        # The head's own input: some families project their hidden states to another size.
+        vocab_size, hidden_size = _shape(head.weight)
+        expected = {"hidden_size": hidden_size, "vocab_size": vocab_size if config.critic_type == "vocab" else None}
         for name, value in expected.items():
             if value is not None and getattr(config, name) not in (None, value):
                 raise ValueError(
@@ -170,7 +231,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
         self.critic = Critic(CriticConfig(**{**config.to_dict(), **expected}))
         self.critic.to(head.weight.device)
         reads(self, [*_head_weights(base), *self.critic.online.read_directly()])
-        self.logit_transform = LogitTransform.from_config(text_config)
+        self.logit_transform = logit_transform
         # Vocabulary entries that are projected at a time; bounds memory, never the result.
         self.vocab_chunk_size = 32768
         self.vision_cache: VisionFeatureCache | None = None
@@ -599,6 +660,16 @@ def _upload(
 def _base_model(model: nn.Module) -> Any:
     """The `PreTrainedModel` inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _near(x: Tensor, expected: Tensor) -> bool:
+    """Equal, but for a rounding to half precision."""
+    return x.shape == expected.shape and torch.allclose(x, expected, rtol=1e-2, atol=1e-3)
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    """Also of a weight that ZeRO-3 has split, which reports an empty one."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def _head_weights(base: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
