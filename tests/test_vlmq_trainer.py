@@ -305,6 +305,8 @@ def test_evaluate_does_both(tmp_path, monkeypatch):
     metrics = trainer.evaluate()
     assert {"eval_a_loss", "eval_b_loss", "eval_success_rate"} <= set(metrics)
     assert metrics["eval_a_loss"] != metrics["eval_b_loss"] and len(plays) == 1
+    for name in ("nll", "q_loss", "value_q50", "value_error"):
+        assert metrics[f"eval_a_{name}"] != metrics[f"eval_b_{name}"] and f"eval_{name}" not in metrics
 
 
 def test_evaluation_datasets_are_not_mistaken_for_one_another(tmp_path):

@@ -166,6 +166,7 @@ class VLMQTrainer(SFTTrainer):
         self.env, self.rollout_policy = env, rollout_policy
         self._online: OnlineData | None = None
         self._resumed_from: str | None = None
+        self._split = ""  # of several evaluation datasets, the one whose loss is computed now
         eval_env = env if eval_env is None else eval_env
         self._index = None if train_dataset is None else validate_trajectories(train_dataset)
         first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
@@ -595,7 +596,11 @@ class VLMQTrainer(SFTTrainer):
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             # A data loader draws from torch's generator, which the training's dropout needs as it was.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self._quiet_callbacks():
-                metrics.update(super().evaluate(split, ignore_keys, prefix))
+                self._split = f"{name}_" if name else ""
+                try:
+                    metrics.update(super().evaluate(split, ignore_keys, prefix))
+                finally:
+                    self._split = ""
         if self.eval_env is None:
             if not metrics:
                 raise ValueError("Nothing to evaluate: give the trainer an `eval_env` or an `eval_dataset`.")
@@ -729,7 +734,10 @@ class VLMQTrainer(SFTTrainer):
         ranks = gather_object([own]) if own else []  # no collective where a single rank logs something of its own
         recorded = {name: torch.cat([rank[name] for rank in ranks if name in rank]) for name in own}
         pending.clear()
-        prefix = "" if self.model.training else "eval_"
+        prefix = "" if self.model.training else f"eval_{self._split}"
+        if self._split:  # TRL adds "eval_"
+            own_metrics = {f"{self._split}{name}": values for name, values in self._metrics["eval"].items()}
+            self._metrics["eval"] = defaultdict(list, own_metrics)
         if self.model.training and "loss" in logs:
             now, tokens = time.perf_counter(), self._total_train_tokens
             logs["tokens_per_second"] = (tokens - self._last_log[1]) / max(now - self._last_log[0], 1e-9)
