@@ -12,7 +12,7 @@ from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny_models
-from vlmq_trl.rollout import collect_demonstrations
+from vlmq_trl.rollout import collect_demonstrations, episode_metrics
 from vlmq_trl.trajectory import (
     FEATURES,
     Episode,
@@ -353,6 +353,45 @@ def test_filter_top_returns():
     assert len(filter_top_returns(ds, 1.0)) == len(ds)
     with pytest.raises(ValueError, match="fraction must lie in"):
         filter_top_returns(ds, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([-0.1, -0.1, -0.1, 0.3], 0.0),  # -6e-17 in float64, 7e-9 in float32
+        ([0.1, 0.2, -0.3], 0.0),  # 6e-17 in float64, -1e-8 in float32
+        ([-100.1, -200.2, 300.3], 0.0),
+        ([1e-9], 1e-9),
+        ([-1.0, 1.0001], 1e-4),
+        ([], 0.0),
+    ],
+)
+def test_rounding_makes_no_success(rewards, expected):
+    """A return of 0 is a failure before and after the rewards have become float32, in each place that tells."""
+    episode = make_episode("e", rewards)
+    assert episode.return_ == pytest.approx(expected) and episode.success == (expected > 0)
+    if not rewards:
+        return
+    ds = dataset_from_episodes([episode])
+    (back,), index = episodes_from_dataset(ds), validate_trajectories(ds)
+    for played in (episode, back):
+        assert played.return_ == pytest.approx(expected, rel=1e-2) and played.success == (expected > 0)
+        assert episode_metrics([played])["success_rate"] == (expected > 0)
+    assert index.success.tolist() == [expected > 0] and index.returns.tolist() == [back.return_]
+
+
+def test_broken_returns_stay_broken():
+    for reward in (np.nan, np.inf):
+        assert not np.isfinite(make_episode("e", [reward, 1.0]).return_)
+
+
+def test_returns_that_differ_by_rounding_tie():
+    rewards = [[0.1, 0.1, 0.1, 0.7], [1.0], [0.7, 0.1, 0.1, 0.1], [0.9], [1e7, -1e7]]  # 0.99999999, 1, 1, ...
+    ds = dataset_from_episodes([make_episode(f"e{k}", one) for k, one in enumerate(rewards)])
+    assert len(set(validate_trajectories(ds).returns)) > 3
+    chosen = {tuple(validate_trajectories(filter_top_returns(ds, 0.2, seed=s)).episode_ids) for s in range(30)}
+    assert chosen == {("e0",), ("e1",), ("e2",)}
+    assert set(filter_top_returns(ds, 0.8)["episode_id"]) == {"e0", "e1", "e2", "e3"}
 
 
 def train(model, processor, ds, tmp_path):

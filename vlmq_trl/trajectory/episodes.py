@@ -27,7 +27,7 @@ import PIL.Image
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from .validation import ROLES, TrajectoryError
+from .validation import ROLES, TrajectoryError, undiscounted
 
 Message = dict[str, Any]
 
@@ -97,8 +97,9 @@ class Episode:
 
     @property
     def return_(self) -> float:
-        """Undiscounted sum of rewards."""
-        return float(sum(turn.reward for turn in self.turns))
+        """Undiscounted sum of rewards; 0 where only the rounding of float32, which datasets hold, is left of it."""
+        reward = np.array([float(turn.reward) for turn in self.turns])
+        return float(undiscounted(reward, np.zeros(1, np.int64))[0]) if self.turns else 0.0
 
     @property
     def success(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.table import embed_table_storage
 
-from .validation import TrajectoryError, validate_trajectories
+from .validation import TrajectoryError, rounding, validate_trajectories
 
 # Words by which files of parquet say of which split they are.
 SPLITS = {
@@ -175,8 +175,8 @@ def concatenate_trajectories(parts: Sequence[datasets.Dataset]) -> datasets.Data
 def filter_top_returns(ds: datasets.Dataset, fraction: float, seed: int = 0) -> datasets.Dataset:
     """The ceil(fraction * E) episodes with the highest undiscounted returns, whole and in the dataset's order.
 
-    Ties at the cut are broken at random, by `seed`, so that no part of the dataset is favoured. For return-filtered
-    cloning.
+    Ties at the cut are broken at random, by `seed`, so that no part of the dataset is favoured; returns that differ by
+    the rounding of rewards to float32 alone tie. For return-filtered cloning.
 
     Raises:
         ValueError: a fraction outside (0, 1].
@@ -187,7 +187,12 @@ def filter_top_returns(ds: datasets.Dataset, fraction: float, seed: int = 0) -> 
     index = validate_trajectories(ds, check_images="none", require_final_observation=False)
     keep = math.ceil(fraction * len(index) - 1e-9)
     tie = np.random.default_rng(seed).permutation(len(index))
-    best = np.lexsort((tie, -index.returns))[:keep]
+    # Ranks from the highest return on; the next one begins where two returns are further apart than by rounding.
+    order = np.argsort(-index.returns)
+    off = rounding(index.reward, index.first_row)[order]
+    rank = np.zeros(len(index), dtype=np.int64)
+    rank[order[1:]] = np.cumsum(-np.diff(index.returns[order]) > (off[:-1] + off[1:]) / 2)
+    best = np.lexsort((tie, rank))[:keep]
     chosen = np.zeros(len(index), dtype=bool)
     chosen[best] = True
     return ds.select(np.flatnonzero(chosen[index.row_episode]))

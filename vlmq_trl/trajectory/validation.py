@@ -3,7 +3,7 @@
 
 Everything is checked on whole Arrow columns, so a million rows take seconds; only images are read one by one.
 
-Contents: `TrajectoryError`, `EpisodeIndex`, `validate_trajectories`.
+Contents: `TrajectoryError`, `rounding`, `undiscounted`, `EpisodeIndex`, `validate_trajectories`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,21 @@ class TrajectoryError(ValueError):
         super().__init__(f"{', '.join(where)}: {problem}" if where else problem)
 
 
+def rounding(reward: np.ndarray, first_row: np.ndarray) -> np.ndarray:
+    """[E] by how much each episode's return may be off, since datasets hold rewards in float32.
+
+    Rounding changes a reward r by at most 2^-24 |r|; this is twice the sum of that over an episode.
+    """
+    return 2.0**-23 * np.add.reduceat(np.abs(reward), first_row)
+
+
+def undiscounted(reward: np.ndarray, first_row: np.ndarray) -> np.ndarray:
+    """[E] the sum of each episode's rewards, exactly 0 where it is below `rounding`: -0.1, -0.1, -0.1 and 0.3 are 7e-9
+    in float32, and a return above 0 is a success."""
+    returns = np.add.reduceat(reward, first_row)
+    return np.where(np.abs(returns) < rounding(reward, first_row), 0.0, returns)
+
+
 @dataclass(frozen=True)
 class EpisodeIndex:
     """Where the episodes of a validated dataset are, and the scalars of its rows.
@@ -48,7 +63,7 @@ class EpisodeIndex:
     episode_ids: np.ndarray  # [E] str
     first_row: np.ndarray  # [E] int64
     length: np.ndarray  # [E] int64, turns
-    returns: np.ndarray  # [E] float64, undiscounted
+    returns: np.ndarray  # [E] float64, undiscounted, 0 where only rounding is left
     success: np.ndarray  # [E] bool, returns > 0
     row_episode: np.ndarray  # [R] int64, the episode of each row
     turn: np.ndarray  # [R] int64
@@ -480,7 +495,7 @@ def validate_trajectories(
                     present = present[np.linspace(0, len(present) - 1, IMAGE_SAMPLE).astype(int)]
                 _check_images(ds, column, present, known)
 
-    returns = np.add.reduceat(reward, first_row)
+    returns = undiscounted(reward, first_row)
     to_end = (first_row + length - 1)[row_episode] - np.arange(rows)
     return EpisodeIndex(
         episode_ids=np.asarray(ids.dictionary.to_pylist(), dtype=object)[code[first_row]],
