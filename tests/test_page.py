@@ -88,6 +88,21 @@ def test_earlier_messages_are_folded_and_their_pictures_are_left_to_their_own_tu
 
 
 @pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ([message("before", 3), message("then", 0, "assistant"), message("now", 0)], []),
+        ([message("before", 3), {"role": "user", "content": "now"}], []),
+        ([{"role": "user", "content": "before"}, {"role": "user", "content": "now"}], []),
+        ([{"role": "system", "content": "play"}, {"role": "user", "content": "now"}], [0, 1, 2]),
+        ([message("before", 2), message("now")], [2]),
+    ],
+)
+def test_a_turn_shows_the_pictures_of_its_own_message(prompt, expected):
+    page = Page(episode_page(episode(Turn(prompt, PICTURES[:3], "go", 0.0, "go"))))
+    assert [int(picture.max()) for picture in page.pictures] == expected
+
+
+@pytest.mark.parametrize(
     "hostile",
     [
         "<script>alert(1)</script>",

@@ -127,6 +127,17 @@ def test_the_newest_picture_is_shown(tmp_path):
     assert (shown(frames(tmp_path)[0], 448, 448) == BLUE).all()
 
 
+def test_an_earlier_turns_picture_is_not_shown_as_this_ones(tmp_path):
+    """Where the newest message has none, its text stands in the picture's place."""
+    history = [*PROMPT, {"role": "assistant", "content": "go"}]
+    shown_then = [Turn([*history, {"role": "user", "content": text}], [RED], "+", 0.0) for text in ("one", "two")]
+    final = {"final_prompt": [*history, *TEXT_PROMPT], "final_images": [RED]}
+    record(tmp_path, episode(turn(RED), *shown_then, terminated=False, **final))
+    picture, one, two, end = (shown(frame, 448, 448) for frame in frames(tmp_path))
+    assert (picture == RED).all() and not any((frame == RED).all(-1).any() for frame in (one, two, end))
+    assert (one != two).any() and (two != end).any()
+
+
 def test_the_rows(tmp_path):
     first = episode(turn(), turn(completion="go\n", reward=-0.25, action="", valid=False), name="a")
     second = episode(Turn(TEXT_PROMPT, [], "open", 0.5, "open"), name="b", terminated=False)
@@ -245,6 +256,23 @@ def test_equal_episodes_give_equal_files(tmp_path):
         record(tmp_path / folder, one, episode(name="e/1"))
     files = [{file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()} for folder in ("a", "b")]
     assert files[0] == files[1] and len(files[0]) == 3
+
+
+def test_a_new_recording_takes_the_place_of_an_earlier_one(tmp_path):
+    """All of it, whichever episode is the first that can be drawn; what else lies there stays."""
+    (tmp_path / "notes.gif").write_bytes(b"mine")
+    earlier = [episode(name=f"a/{i}") for i in range(3)]
+    list(EpisodeRecorder(tmp_path, html=True).watch(earlier))
+    record(tmp_path, Episode("none", (), True, False), episode(name="b"), episode(name="c"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "001-b.gif",
+        "002-c.gif",
+        "episodes.jsonl",
+        "notes.gif",
+    ]
+    assert [row["episode_id"] for row in rows(tmp_path)] == ["b", "c"]
+    record(tmp_path, Episode("none", (), True, False))  # which records nothing
+    assert len(rows(tmp_path)) == 2
 
 
 def test_a_long_episode_is_cut(tmp_path, monkeypatch):

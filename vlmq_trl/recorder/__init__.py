@@ -26,8 +26,8 @@ class EpisodeRecorder:
     The folder, made when it is needed, gets `000-<episode id>.gif`, `001-...`, with `html` a page of the same name for
     each, and `episodes.jsonl` with one line per turn: `episode_id`, `env_id`, `seed`, `turn`, `prompt`, `response`,
     `action`, `valid`, `reward`, `terminated`, `truncated`, `return` so far, and the turn's `frame` in `gif` (null
-    after the first 256 turns). Equal episodes give equal files; a new recording overwrites an earlier one in the same
-    folder.
+    after the first 256 turns). Equal episodes give equal files; a new recording takes the place of an earlier one in
+    the same folder, whose files of these names are removed when the first episode is written.
 
     Args:
         folder: where the files go.
@@ -43,10 +43,12 @@ class EpisodeRecorder:
             raise ValueError(f"count must be at least 0, got {count}.")
         self.folder, self.count, self.html = Path(folder), count, html
         self.error: OSError | None = None
+        self._begun = False  # whether this recording has taken the place of an earlier one
 
     def watch(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
         """Yields all episodes as they are. Where the disk does not take a file, one warning ends the recording."""
         self.error = None
+        self._begun = False
         for number, episode in enumerate(episodes):
             if self.error is None and number < self.count and episode.turns:
                 try:
@@ -58,11 +60,16 @@ class EpisodeRecorder:
 
     def _record(self, number: int, episode: Episode) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._begun:
+            for old in (*self.folder.glob("[0-9][0-9][0-9]-*.gif"), *self.folder.glob("[0-9][0-9][0-9]-*.html")):
+                old.unlink()
+            (self.folder / "episodes.jsonl").unlink(missing_ok=True)
+            self._begun = True
         name = f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', episode.episode_id)[:80]}"
         (self.folder / f"{name}.gif").write_bytes(episode_gif(episode))
         if self.html:
             (self.folder / f"{name}.html").write_text(episode_page(episode), encoding="utf-8", errors="replace")
-        with open(self.folder / "episodes.jsonl", "a" if number else "w", encoding="ascii") as lines:
+        with open(self.folder / "episodes.jsonl", "a", encoding="ascii") as lines:
             for row in _rows(episode, f"{name}.gif"):
                 lines.write(json.dumps(row) + "\n")
 

@@ -4,13 +4,13 @@
 A frame shows what the agent saw (the turn's last picture, or the prompt where there is none) and, beside it, what it
 answered and what that earned; the last frame shows how the episode ended. Drawn with Pillow alone.
 
-Contents: `episode_gif`, `message_text`.
+Contents: `episode_gif`, `message_text`, `newest_pictures`.
 """
 
 import io
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -56,16 +56,30 @@ def message_text(message: Mapping[str, Any]) -> str:
     return "\n".join("<image>" if part["type"] == "image" else part["text"] for part in content)
 
 
+def newest_pictures(prompt: Sequence[Mapping[str, Any]], images: Iterable | None) -> list:
+    """The pictures of a prompt's last message; those of earlier messages belong to their own turns."""
+    images = [] if images is None else list(images)
+    if not prompt:
+        return images
+    contents = [message["content"] for message in prompt]
+    shown = [0 if isinstance(one, str) else sum(part["type"] == "image" for part in one) for one in contents]
+    if any(shown):
+        return images[len(images) - shown[-1] :]
+    # Without places of their own, pictures stand before the first user message.
+    return images if [message["role"] for message in prompt].count("user") <= 1 else []
+
+
 # ---- frames ----
 
 
 def _frames(episode: Episode) -> Iterator[tuple[Image.Image, Image.Image | None]]:
     """(panel, picture) of each turn and of the end. All panels of an episode have one size."""
     turns = episode.turns[:LONGEST]
-    pictures = [_picture(turn.images) for turn in turns]
+    pictures = [_picture(newest_pictures(turn.prompt, turn.images)) for turn in turns]
     end, end_prompt = pictures[-1], turns[-1].prompt
     if episode.final_prompt is not None:
-        end, end_prompt = _picture(episode.final_images), episode.final_prompt
+        end = _picture(newest_pictures(episode.final_prompt, episode.final_images))
+        end_prompt = episode.final_prompt
     elif end is not None:  # nobody saw how it ended, so the last picture is shown as a past one
         end = end.point(lambda value: value * 2 // 5)
     shown = [picture for picture in (*pictures, end) if picture is not None]
@@ -88,9 +102,8 @@ def _frames(episode: Episode) -> Iterator[tuple[Image.Image, Image.Image | None]
     yield page.image, end
 
 
-def _picture(images: Iterable | None) -> Image.Image | None:
-    """The last of a prompt's images, which is the newest, in the size in which it is shown."""
-    images = list(images or [])
+def _picture(images: list) -> Image.Image | None:
+    """The last of a turn's pictures, in the size in which it is shown."""
     if not images:
         return None
     image = images[-1] if isinstance(images[-1], Image.Image) else Image.fromarray(np.asarray(images[-1]))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmq_trl.recorder.gif import message_text
+from vlmq_trl.recorder.gif import message_text, newest_pictures
 from vlmq_trl.trajectory import Episode, Turn
 
 STYLE = """
@@ -117,16 +117,9 @@ def _turns(episode: Episode) -> Iterator[str]:
 
 
 def _section(title: str, prompt: list[dict[str, Any]], images: list, answer: str = "", mark: str = "") -> str:
-    seen = f'<div class="pictures"><h2>{title}</h2>{_pictures(prompt, images)}</div>'
+    pictures = "".join(map(_picture, newest_pictures(prompt, images)))
+    seen = f'<div class="pictures"><h2>{title}</h2>{pictures}</div>'
     return f'<section class="turn"{mark}>{seen}<div>{_prompt(prompt)}{answer}</div></section>'
-
-
-def _pictures(prompt: list[dict[str, Any]], images: list) -> str:
-    """The pictures of the prompt's last message; those of earlier messages stand with their own turns."""
-    content = prompt[-1]["content"] if prompt else ""
-    parts = content if not isinstance(content, str) else []
-    newest = sum(part["type"] == "image" for part in parts) or len(images)
-    return "".join(map(_picture, list(images)[len(images) - newest :]))
 
 
 def _picture(image: Any) -> str:
