@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny_models
 from vlmq_trl import modeling
+from vlmq_trl.checkpoints import load_weights
 from vlmq_trl.collator import VLMQDataCollator
 from vlmq_trl.critic import CriticConfig
 from vlmq_trl.losses import denormalize
@@ -696,6 +697,19 @@ def test_an_adapter_of_any_name_is_saved_where_it_is_looked_for(tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
     stock = peft.PeftModel.from_pretrained(adapted.unload(), tmp_path / "adapter").eval()
     assert torch.equal(stock(**stock_inputs(batch)).logits, loaded.pretrained_model(**stock_inputs(batch)).logits)
+
+
+def test_weights_of_several_precisions_come_back_exactly(tmp_path):
+    """A frozen part in half precision comes first, beside trained weights in full."""
+    wrapped, *_ = build("llama", SCALAR)
+    wrapped.model.embed_tokens.bfloat16().requires_grad_(False)
+    wrapped.save_pretrained(tmp_path)
+    other = wrap(copy.deepcopy(wrapped.pretrained_model), SCALAR)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    load_weights(other, str(tmp_path))
+    assert_same_state(other, wrapped)
 
 
 def test_a_loaded_adapter_can_be_trained_further(tmp_path):

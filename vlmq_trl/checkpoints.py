@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on the disk: which one to go on from, what in it is not the model, and how its weights come back."""
 
+import functools
 import json
 import os
 import re
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -57,7 +59,10 @@ def load_weights(model: AutoModelForImageTextToTextWithValueHead, folder: str) -
         _load_adapter(own, folder)
     else:
         # Families save under remapped names; only `from_pretrained` knows the way back.
-        saved = type(own).from_pretrained(folder, dtype=own.dtype, use_safetensors=True)
+        # One type for all that it opens: the narrowest that holds every weight's own.
+        dtypes = {p.dtype for p in own.parameters() if p.is_floating_point()}
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        saved = type(own).from_pretrained(folder, dtype=dtype, use_safetensors=True)
         if is_sharded(own.parameters()):  # under ZeRO-3 the saved model then is, too
             parts = dict(saved.named_parameters())
             for name, p in own.named_parameters():
