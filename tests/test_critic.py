@@ -191,10 +191,41 @@ def test_initial_moments_leave_the_heads():
     critic.initialize_moments(-1.5, 2.0)
     assert critic.target_mean == -1.5 and critic.target_std == 2
     assert all(torch.equal(before[k], v) for k, v in critic.named_parameters())
-    for mean, std, floor in ((0.0, 0.0, 1.0), (-3.0, 0.0, 3.0), (5.0, 1e-8, 5.0), (1e4, 0.5, 0.5), (1e-7, 2e-6, 2e-6)):
+    for mean, std in ((1e4, 0.5), (1e-7, 2e-6)):
         critic.initialize_moments(mean, std)
-        assert critic.min_std.item() == pytest.approx(Critic.MIN_STD * floor)
-        assert critic.target_std.item() == pytest.approx(max(std, Critic.MIN_STD * floor))
+        assert critic.min_std.item() == pytest.approx(Critic.MIN_STD * std)
+        assert critic.target_std.item() == pytest.approx(std)
+    for mean, std, scale in ((0.0, 0.0, 1.0), (-3.0, 0.0, 3.0), (5.0, 1e-8, 5.0)):  # all equal: their own size
+        critic.initialize_moments(mean, std)
+        assert critic.target_std.item() == pytest.approx(scale)
+
+
+def update(critic, targets, rate=0.01):
+    delta = targets - critic.target_mean
+    critic.update_moments(delta.sum(), delta.square().sum(), torch.tensor(float(len(targets))), rate)
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(0.0, 1.0), (-3.0, 3.0)])
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 0.05])
+@pytest.mark.parametrize("success", [1.0, 0.01])
+def test_equal_returns_keep_their_size_as_deviation_until_one_differs(mean, scale, noise, success):
+    """However long: the first success meets a normaliser of its own order, and then any scale is normalised."""
+    critic = make()
+    critic.initialize_moments(mean, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    # The critic's own values, which bootstrapped targets hold, go to the mean as it learns.
+    for step in range(3000):
+        update(critic, mean + scale * noise * 0.998**step * torch.randn(40, generator=generator))
+        assert critic.target_std.item() == pytest.approx(scale)
+    before = outputs(critic)
+    targets = torch.full((40,), mean)
+    targets[:5] += scale * success
+    update(critic, targets)
+    assert critic.target_std.item() == pytest.approx(scale, rel=0.01)
+    assert_close(outputs(critic), before, atol=1e-4, rtol=1e-4)
+    for _ in range(3000):
+        update(critic, targets)
+    assert critic.target_std.item() == pytest.approx(float(targets.std(correction=0)), rel=1e-2)
 
 
 @given(offset=st.sampled_from([0.0, 1e3, -1e5]), scale=st.sampled_from([1e-5, 1.0, 1e4]), seed=st.integers(0, 99))

@@ -158,10 +158,14 @@ class Critic(nn.Module):
         target: their Polyak-averaged copy. Its weights are buffers: no optimiser, sharding or cast ever touches them
             (in half precision, so slow an average would stand still).
         target_mean, target_variance: running moments of the token returns, in reward units.
-        min_std: floor of their standard deviation, in reward units.
+        min_std: floor of their standard deviation, in reward units; the deviation itself until returns have differed,
+            which a variance below the floor's square says.
     """
 
     MIN_STD = 1e-4  # the floor, as a share of the deviation (or the mean) that the returns began with
+    EQUAL = 1e-6  # returns whose deviation is a smaller share of their mean differ by rounding only
+    NOISE = 0.1  # what fresh heads say in place of equal returns, as a share of the same
+    SEEN = 5.0  # a batch whose deviation is as many times the running one has returns that differ
 
     target_mean: Tensor
     target_variance: Tensor
@@ -214,12 +218,17 @@ class Critic(nn.Module):
     def initialize_moments(self, mean: float, std: float) -> None:
         """Sets the moments from known returns before training: the fresh heads' small outputs then mean `mean`.
 
-        Returns that are all equal have no scale but their own size; a critic of zeros only takes 1.
+        Returns that are all equal have no scale but their own size, or 1 where they are 0; it is the deviation until
+        `update_moments` sees them differ. The variance begins at that of fresh heads, whose values targets hold too.
         """
-        scale = std if std > 1e-6 * abs(mean) else abs(mean) or 1.0
+        if std > self.EQUAL * abs(mean):
+            variance, floor = std**2, self.MIN_STD * std
+        else:
+            floor = abs(mean) or 1.0
+            variance = (self.NOISE * floor) ** 2
         self.target_mean.fill_(mean)
-        self.target_variance.fill_(std**2)
-        self.min_std.fill_(self.MIN_STD * scale)
+        self.target_variance.fill_(variance)
+        self.min_std.fill_(floor)
 
     @torch.no_grad()
     def update_moments(self, delta_sum: Tensor, delta_square_sum: Tensor, count: Tensor, rate: float) -> None:
@@ -233,7 +242,14 @@ class Critic(nn.Module):
         step = rate_t * delta_sum / count.clamp(min=1)
         spread = delta_square_sum / count.clamp(min=1)  # around the old mean
         variance = self.target_variance + rate_t * (spread - self.target_variance) - step.square()
-        self.set_moments(self.target_mean + step, variance.clamp(min=0))
+        # While returns are equal, the variance is that of the critic's own values in the targets, from which a return
+        # that differs stands out. The deviation then sets out from where it was held.
+        floor = self.min_std.square()
+        held = self.target_variance < floor
+        seen = held & (spread > torch.minimum(self.SEEN**2 * self.target_variance, floor))
+        variance = variance.maximum(torch.where(held, self.EQUAL**2 * floor, floor))
+        self.set_moments(self.target_mean + step, torch.where(seen, floor, variance))
+        self.min_std.mul_(torch.where(seen, self.MIN_STD, 1.0))
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
