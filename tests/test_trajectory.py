@@ -168,6 +168,36 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+STACK = np.zeros((2, 4, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "log_probs", "problem"),
+    [
+        (STACK[0], None, "column `images`: expected a list of images, got ndarray; put a single image into a list"),
+        (STACK, None, r"column `images`: expected a list .*, and make one of a stack by `list\(stack\)`"),
+        (Image.new("RGB", (4, 5)), None, "column `images`: expected a list of images, got Image"),
+        ("red.png", None, "column `images`: expected a list of images, got str"),
+        (["red.png"], None, "column `images`: expected a PIL image or a uint8 array"),
+        ([STACK[0]], [None, -1.0], "column `behavior_logprobs`: expected a list of numbers, or None .*NoneType"),
+        ([STACK[0]], -1.0, "column `behavior_logprobs`: expected a list of numbers, or None .*not iterable"),
+        ([STACK[0]], ["likely"], "column `behavior_logprobs`: expected a list of numbers, or None .*'likely'"),
+    ],
+)
+def test_turns_of_the_wrong_kind(images, log_probs, problem):
+    """Named with their row, whether in the first episode, which decides on the columns, or later."""
+    wrong = Episode("wrong", (Turn(prompt(), images, "a", 0.0, behavior_logprobs=log_probs),), True, False)
+    for k, episodes in enumerate(([wrong], [make_episode("right", [0.0]), wrong])):
+        with pytest.raises(TrajectoryError, match=f"row {k}, {problem}"):
+            dataset_from_episodes(episodes)
+
+
+def test_tuples_and_tensors_are_lists_too():
+    one = Turn(prompt(images=2), tuple(STACK), "a", 0.0, behavior_logprobs=torch.tensor([-0.5, -0.25]))
+    (row,) = dataset_from_episodes([Episode("e", (one,), True, False)])
+    assert len(row["images"]) == 2 and row["behavior_logprobs"] == [-0.5, -0.25]
+
+
 @pytest.mark.parametrize("file_format", ["arrow", "parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_save_and_load(ds, tmp_path, file_format, streaming):

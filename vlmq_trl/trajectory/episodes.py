@@ -286,6 +286,20 @@ def _encodable(text: Any, *, row: int, column: str) -> str:
     return text
 
 
+def _pictures(given: Any, *, row: int, column: str) -> list:
+    """A turn's images as a list; None is none."""
+    if given is None:
+        return []
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise TrajectoryError(
+            f"expected a list of images, got {type(given).__name__}; put a single image into a list, and make one of "
+            "a stack by `list(stack)`.",
+            row=row,
+            column=column,
+        )
+    return list(given)
+
+
 def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _PngCache) -> Iterator[dict[str, Any]]:
     """The encoded rows of one episode, checked."""
     last = len(episode.turns) - 1
@@ -332,8 +346,17 @@ def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _Png
             return flatten_content(value)
 
         final = k == last and episode.final_prompt is not None
-        images = list(turn.images or [])
-        final_images = list(episode.final_images or []) if final else []
+        images = _pictures(turn.images, row=row, column="images")
+        final_images = _pictures(episode.final_images, row=row, column="final_images") if final else []
+        try:
+            given = turn.behavior_logprobs
+            log_probs = None if given is None else [float(one) for one in given]
+        except (TypeError, ValueError) as error:
+            raise TrajectoryError(
+                f"expected a list of numbers, or None where they are not known ({error}).",
+                row=row,
+                column="behavior_logprobs",
+            ) from None
         encoded = {
             "prompt": messages(turn.prompt, images, "prompt"),
             "completion": [
@@ -347,9 +370,7 @@ def _episode_rows(episode: Episode, first_row: int, with_images: bool, png: _Png
             "final_prompt": messages(episode.final_prompt, final_images, "final_prompt") if final else None,
             "action": _encodable(turn.action, row=row, column="action"),
             "valid": bool(turn.valid),
-            "behavior_logprobs": None
-            if turn.behavior_logprobs is None
-            else [float(logprob) for logprob in turn.behavior_logprobs],
+            "behavior_logprobs": log_probs,
             "env_id": _encodable(episode.env_id, row=row, column="env_id"),
             "seed": episode.seed,
         }
@@ -385,7 +406,7 @@ def dataset_from_episodes(
     if first is None:
         raise TrajectoryError("there are no episodes; an empty dataset cannot be trained on.")
     if with_images is None:
-        with_images = any(turn.images for turn in first.turns)
+        with_images = any(_pictures(turn.images, row=k, column="images") for k, turn in enumerate(first.turns))
     folder = Path(cache_dir) if cache_dir is not None else _temporary_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trajectories-{uuid.uuid4().hex}.arrow"
