@@ -54,7 +54,7 @@ import transformers
 import trl
 import yaml
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -63,6 +63,7 @@ from trl import ModelConfig, SFTTrainer, TrlParser, get_peft_config, get_quantiz
 import vlmq_trl
 from vlmq_trl import (
     AgentFormat,
+    AutoModelForImageTextToTextWithValueHead,
     EmbeddedRecipe,
     EnvEvaluationCallback,
     VLMQConfig,
@@ -79,7 +80,7 @@ from vlmq_trl import (
 from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvSpec, make_env
 from vlmq_trl.envs import DOMAINS
-from vlmq_trl.modeling import existing, load_pretrained
+from vlmq_trl.modeling import existing, has_critic, hub_arguments, load_pretrained, load_processor
 from vlmq_trl.show import env_option
 from vlmq_trl.trajectory.files import trajectory_files
 
@@ -227,6 +228,7 @@ class AgentArguments:
         if not self.with_data and (not self.online or self.method != ["vlmq"]):
             raise ValueError("`episodes` is 0: only `--online` and `--method vlmq` can do without data.")
         if self.dataset_path is not None:
+            self.dataset_path = os.path.expanduser(self.dataset_path)
             try:
                 trajectory_files(self.dataset_path)
             except (OSError, ValueError) as error:
@@ -266,6 +268,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
         parser.set_defaults_with_config(**defaults)
         try:
             parsed = parser.parse_args_and_config(args=argv)
+            if isinstance(parsed[2].model_name_or_path, str):
+                parsed[2].model_name_or_path = os.path.expanduser(parsed[2].model_name_or_path)
             check_episodes(parsed[0], parsed[1])
             check_arguments(*parsed)
             return parsed
@@ -290,6 +294,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
         "revision": model_config.model_revision,
         "dtype": model_config.dtype,
         "attn_implementation": model_config.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
     return script, args, model_config
@@ -356,7 +361,7 @@ def check_data(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConf
     if "env_id" in dataset.column_names:
         played = {(env_id or "").rpartition(":")[2] for env_id in dataset.unique("env_id")}
         known = {env_id for domain in DOMAINS for env_id in domain.envs}
-        other = sorted(played & known - {script.env_id})
+        other = sorted(played & known - {script.registered_id})
         if other:
             raise ValueError(f"{script.dataset_path} holds play of {other[0]}, not of {script.env_id}; see `env_id`.")
     if "seed" in dataset.column_names:
@@ -455,7 +460,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     if script.before_episodes and before is None:
         say("Testing the model before training ...")
         model = load_pretrained(model_name, **args.model_init_kwargs).to(args.device)
-        processor = AutoProcessor.from_pretrained(model_name, revision=model_config.model_revision)
+        processor = processor_of(model_name, model, args)
         before = test_model(model, processor, script, args, agent_format, at_most=script.before_episodes)
         del model
 
@@ -484,6 +489,13 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     say("\n" + table(results))
     say(f"\nResults, learning curve and models: {output}/")
     return results
+
+
+def processor_of(model_name: str, model: Any, args: VLMQConfig) -> Any:
+    """The processor saved beside a model or adapter, or else that of an adapter's base model."""
+    kwargs = args.model_init_kwargs
+    trust_remote_code = kwargs["trust_remote_code"]
+    return load_processor(model_name, model.config, trust_remote_code=trust_remote_code, **hub_arguments(kwargs))
 
 
 def write_results(results: dict[str, Any], output: Path, args: VLMQConfig) -> None:
@@ -564,9 +576,14 @@ def train(
     )
     if method == "filtered_bc":
         dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
-    model = load_pretrained(
-        model_name, quantization_config=get_quantization_config(model_config), **args.model_init_kwargs
+    # An earlier run's critic comes along; an adapter is trained further.
+    with_critic = method == "vlmq" and has_critic(model_name, **hub_arguments(args.model_init_kwargs))
+    opened = AutoModelForImageTextToTextWithValueHead.from_pretrained if with_critic else load_pretrained
+    quantization_config = get_quantization_config(model_config)
+    model: Any = opened(
+        model_name, is_trainable=True, quantization_config=quantization_config, **args.model_init_kwargs
     )
+    processor = processor_of(model_name, model, args)
     args.model_init_kwargs = None  # applied above
     peft_config = get_peft_config(model_config)
     if peft_config is not None and peft_config.target_modules is None:
@@ -586,10 +603,11 @@ def train(
         model,
         args=args,
         train_dataset=dataset,
+        processing_class=processor,
         callbacks=[evaluation, TrainingBar(method, evaluation)],
         peft_config=peft_config,
     )
-    check_space(args, trainer.model, adapter_only=peft_config is not None)
+    check_space(args, trainer.model, adapter_only=hasattr(trainer.model, "peft_config"))
     # `TrainingBar` shows what a reader wants; the logs go to `report_to`.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import gymnasium
 import PIL.Image
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -338,6 +340,15 @@ def test_data_that_must_not_be_trained_on(env_id, seed, message, model_name, tmp
         train_agent.main(flags(model_name_or_path=model_name, **arguments))
 
 
+def test_the_module_that_registers_an_environment_is_no_part_of_its_id():
+    data = collect_demonstrations("vlmq_trl/NumberLine-v0", episodes=2, progress=False)
+    script, args, _ = train_agent.parse(["--env_id", "vlmq_trl.envs:vlmq_trl/NumberLine-v0"])
+    train_agent.check_data(data, script, args)
+    script, args, _ = train_agent.parse(["--env_id", "vlmq_trl.envs:vlmq_trl/EZPoints-v0"])
+    with pytest.raises(ValueError, match="holds play of vlmq_trl/NumberLine-v0, not of"):
+        train_agent.check_data(data, script, args)
+
+
 @pytest.mark.parametrize("method", ["sft", "vlmq"])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], None], ids=["chosen", "default"])
 def test_the_vision_tower_is_frozen_for_lora_too(targets, method, model_name, tmp_path):
@@ -367,6 +378,71 @@ def test_configuration_files_are_understood(config):
     assert script.env_id == f"vlmq_trl/{wanted['game']}-v0" and args.max_steps == wanted.get("max_steps", -1)
     assert script.online == wanted.get("online", False) == (args.max_env_turns is not None)
     assert args.learning_rate == wanted["learning_rate"]
+
+
+class Spied(vlmq_trainer.VLMQTrainer):
+    """Remembers what the last trainer began with."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        Spied.critic = {name: x.clone() for name, x in self.model.critic.state_dict().items()}
+        Spied.processor = self.processing_class
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_an_earlier_runs_model_is_trained_further(lora, model_name, tmp_path, monkeypatch):
+    """With its critic, and its own processor."""
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 2, "method": "vlmq", "disable_tqdm": True}
+    peft = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]} if lora else {}
+    train_agent.main(flags(**arguments, **peft, model_name_or_path=model_name, output_dir=tmp_path / "one"))
+    earlier = tmp_path / "one" / "vlmq"
+    template = earlier / "chat_template.jinja"
+    template.write_text("{# its own #}" + template.read_text())
+    monkeypatch.setattr(train_agent, "VLMQTrainer", Spied)
+    tested, processors = train_agent.test_model, []
+    monkeypatch.setattr(train_agent, "test_model", lambda *a, **kw: processors.append(a[1]) or tested(*a, **kw))
+    train_agent.main(flags(**arguments, model_name_or_path=earlier, output_dir=tmp_path / "two"))
+    saved = load_file(earlier / "critic.safetensors")
+    assert saved.keys() == Spied.critic.keys() and all(torch.equal(Spied.critic[name], saved[name]) for name in saved)
+    assert len(processors) == 2  # before training and after
+    assert all(p.chat_template.startswith("{# its own #}") for p in (*processors, Spied.processor))
+
+
+OWN_CODE = """
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+class OwnConfig(Idefics3Config):
+    model_type = "own"
+
+class Own(Idefics3ForConditionalGeneration):
+    config_class = OwnConfig
+"""
+
+
+def test_remote_code_runs_where_it_is_trusted(model_name, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model_name, own)
+    (own / "own.py").write_text(OWN_CODE)
+    config = json.loads((own / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.Own"}
+    (own / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 2, "method": ["sft", "vlmq"], "disable_tqdm": True}
+    argv = flags(**arguments, model_name_or_path=own, output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        train_agent.main([*argv, "--trust_remote_code", "false"])
+    assert len(train_agent.main([*argv, "--trust_remote_code"])["methods"]) == 2
+
+
+def test_paths_in_the_home_folder(model_name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(model_name, tmp_path / "model")
+    save_trajectories(collect_demonstrations("vlmq_trl/NumberLine-v0", episodes=2, progress=False), tmp_path / "data")
+    paths = {"model_name_or_path": "~/model", "dataset_path": "~/data", "output_dir": "~/out", "replay_dir": "~/play"}
+    (tmp_path / "paths.yaml").write_text(yaml.safe_dump(paths))
+    for argv in (flags(**paths), ["--config", str(tmp_path / "paths.yaml")]):
+        script, args, model_config = train_agent.parse(argv)
+        found = (model_config.model_name_or_path, script.dataset_path, args.output_dir, args.replay_dir)
+        assert found == tuple(str(tmp_path / name) for name in ("model", "data", "out", "play"))
 
 
 def test_defaults_depend_on_the_model(model_name):

@@ -2,6 +2,7 @@
 """`VLMQConfig`: TRL's `SFTConfig` and what VLM Q-Learning adds, in reading order."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -285,6 +286,8 @@ class VLMQConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.replay_dir is not None:
+            self.replay_dir = os.path.expanduser(self.replay_dir)  # as `output_dir` is there
         for name, kind in VLMQConfig.__annotations__.items():
             value = getattr(self, name)
             if kind is int or (kind == int | None and value is not None):
