@@ -123,6 +123,23 @@ def test_what_is_longest_out_of_use_goes_first():
     assert_close(found, model(**batch).log_probs, atol=1e-5, rtol=1e-4)
 
 
+def test_no_dropout_is_remembered():
+    """What is remembered is what the tower says in evaluation; what is trained keeps its dropout."""
+    model, processor = tiny_models.build("llava")
+    for layer in model.model.vision_tower.modules():
+        if hasattr(layer, "dropout"):
+            layer.dropout = 0.5
+    model = ValueHeadModel(freeze(model)).train()
+    model.model.multi_modal_projector.eval()
+    batch, modes = inputs(processor, 0), [module.training for module in model.modules()]
+    assert not torch.equal(model(**batch).log_probs, model(**batch).log_probs)
+    model.remember_pictures(10**9)
+    found = model(**batch).log_probs
+    assert modes == [module.training for module in model.modules()]
+    model.vision_cache = None
+    assert_close(found, model.eval()(**batch).log_probs, atol=1e-5, rtol=1e-4)
+
+
 def test_what_is_trained_or_has_no_pictures_is_refused():
     model, _ = tiny_models.build("idefics3")
     freeze(model).model.connector.requires_grad_(True)

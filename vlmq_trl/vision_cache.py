@@ -9,10 +9,11 @@ What was left out: sharing between processes, keeping them on the disk.
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Features = dict[str, Any]  # the fields of an encoder's output that the language model reads
@@ -92,7 +93,7 @@ class VisionFeatureCache:
             self._known.move_to_end(key)
             return features
         self.misses += 1
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self._encode.__self__):
             output = self._encode(**inputs, return_dict=True)
         features = {"type": type(output), "pooler_output": _to(output.pooler_output, "cpu")}
         if getattr(output, "deepstack_features", None) is not None:
@@ -116,6 +117,18 @@ class VisionFeatureCache:
             self._weights = torch.cat([self._weights.to(numbers.device), drawn.to(numbers.device)], dim=1)
         first, second = (self._weights[:, : len(numbers)] * numbers).sum(-1).tolist()
         return first, second
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, one draw of which would be remembered; each part goes back to its own mode."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _one_by_one(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
