@@ -712,6 +712,45 @@ def test_weights_of_several_precisions_come_back_exactly(tmp_path):
     assert_same_state(other, wrapped)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # with two matrices and with one
+def test_an_adapter_with_tokens_added_opens_again(name, tmp_path):
+    model, processor = tiny_models.build(name)
+    model.save_pretrained(tmp_path / "base")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    processor.add_tokens(["<act>", "<end>"])
+    base.resize_token_embeddings(len(processor))
+    wrapped = wrap(lora(base, modules_to_save=["embed_tokens", "lm_head"]), VOCAB)
+    with torch.no_grad():
+        for k, p in wrapped.pretrained_model.named_parameters():
+            if "modules_to_save" in k:
+                p.normal_()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded = ValueHeadModel.from_pretrained(tmp_path / "adapter").eval()
+    batch = batch_of(name, processor)
+    batch["labels"][:, -1] = batch["input_ids"][:, -1] = len(processor) - 1
+    before, after = wrapped(**batch), loaded(**batch)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_what_was_saved_last_is_what_opens(tmp_path):
+    model, _ = tiny_models.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    adapted = wrap(lora(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")), SCALAR)
+    whole = wrap(model, SCALAR)
+    for wrapped in (adapted, whole, adapted):
+        wrapped.save_pretrained(tmp_path / "saved")
+        assert_same_state(ValueHeadModel.from_pretrained(tmp_path / "saved"), wrapped)
+
+
+def test_an_adapter_does_not_take_the_place_of_its_base_model(tmp_path):
+    tiny_models.build("llama")[0].save_pretrained(tmp_path / "base")
+    wrapped = wrap(lora(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")), SCALAR)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"base holds the base model of the adapter.*another folder"):
+        wrapped.save_pretrained(f"{tmp_path}/elsewhere/../base")
+    assert files_of(tmp_path) == before
+
+
 def test_a_loaded_adapter_can_be_trained_further(tmp_path):
     model, processor = tiny_models.build("idefics3")
     model.save_pretrained(tmp_path / "base")
@@ -924,6 +963,17 @@ def test_an_adapter_on_the_head_is_refused():
     model, _ = tiny_models.build("llama")
     with pytest.raises(ValueError, match=r"adapter on the language-model head.*target_modules"):
         ValueHeadModel(lora(model, target_modules=["q_proj", "lm_head"]))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_weights_trained_beside_an_adapter_are_refused(bias):
+    """They would be lost when the adapter is saved."""
+    model = lora(tiny_text_model("Phi"), bias=bias)
+    assert ("norm.bias" in str([k for k, p in model.named_parameters() if p.requires_grad])) == (bias == "all")
+    ValueHeadModel(model)
+    model.get_base_model().model.final_layernorm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 weights beside the adapter .*final_layernorm\.weight.*modules_to_save"):
+        ValueHeadModel(model)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from examples import train_agent
 from tests import small_runs, tiny_models
-from vlmq_trl import VLMAgent, VLMQTrainer
+from vlmq_trl import AutoModelForImageTextToTextWithValueHead, VLMAgent, VLMQTrainer
 from vlmq_trl.modeling import keep_trainable
 from vlmq_trl.rollout import Request
 
@@ -77,6 +77,13 @@ def test_a_whole_course(base, tmp_path):
     assert all(torch.equal(x, after[name]) for name, x in learned(further).items())
     further.train()
     assert not all(torch.equal(x, after[name]) for name, x in learned(further).items())
+
+
+def test_a_head_in_4_bits_is_refused(base):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["connector"])
+    model = AutoModelForImageTextToText.from_pretrained(base, quantization_config=quantization)
+    with pytest.raises(ValueError, match=r'`lm_head` is quantised.*add "lm_head" to `llm_int8_skip_modules`'):
+        AutoModelForImageTextToTextWithValueHead(model)
 
 
 def test_gradients_pass_after_an_evaluation(base):

@@ -27,10 +27,10 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -180,8 +180,9 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             before, if several processes must agree on the fresh weights.
 
     Raises:
-        ValueError: if the model has no language-model head or an adapter on it, or does more to its hidden states than
-            project, scale and cap them, or its adapter adds virtual tokens, or several adapters act at once.
+        ValueError: if the model has no language-model head, a quantised one or an adapter on it, or does more to its
+            hidden states than project, scale and cap them, or its adapter adds virtual tokens or would be saved
+            without other weights that are trained, or several adapters act at once.
     """
 
     def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
@@ -215,6 +216,19 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             raise ValueError(
                 "There is an adapter on the language-model head, whose weight is read directly: the adapter would be "
                 "left out of the policy. Remove the head from `target_modules`."
+            )
+        if not head.weight.is_floating_point():
+            name = next(name for name, module in base.named_modules() if module is head)
+            raise ValueError(
+                f"The language-model head `{name}` is quantised, and its weight is read directly. Leave it out: add "
+                f'"{name}" to `llm_int8_skip_modules` of the quantisation.'
+            )
+        lost = _trained_but_not_saved(pretrained_model) if isinstance(pretrained_model, PeftModel) else []
+        if lost:
+            raise ValueError(
+                f"{len(lost)} weights beside the adapter are trained, `{lost[0]}` among them, and an adapter is saved "
+                "without them. Freeze them (`requires_grad_(False)`), or name their modules in `modules_to_save` of "
+                "the adapter's configuration."
             )
         logit_transform = LogitTransform.of(base)
         config = critic_config or CriticConfig()
@@ -368,6 +382,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             state_dict: this module's whole state dict, where the weights are sharded and were gathered before.
             **kwargs: passed to the pretrained model's `save_pretrained`; with `push_to_hub=True` all of it is
                 uploaded then, and `repo_id` and the other arguments of `push_to_hub` count.
+
+        A whole model takes the place of an adapter there, which would be opened in its stead.
+
+        Raises:
+            ValueError: the folder holds the base model of the adapter, which could not be opened there any more.
         """
         push = kwargs.pop("push_to_hub", False)
         hub_kwargs = {k: kwargs.pop(k) for k in UPLOAD_ARGUMENTS if k in kwargs} if push else {}
@@ -378,11 +397,20 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             critic_state = {k.removeprefix("critic."): v for k, v in state_dict.items() if k.startswith("critic.")}
         if isinstance(self.pretrained_model, PeftModel):
             name = self.pretrained_model.active_adapter
+            base_name = self.pretrained_model.peft_config[name].base_model_name_or_path
+            if base_name and Path(base_name).resolve() == Path(save_directory).resolve():
+                raise ValueError(
+                    f"{save_directory} holds the base model of the adapter, which could not be opened there any more: "
+                    "save the adapter in another folder."
+                )
             self.pretrained_model.save_pretrained(save_directory, state_dict=own, selected_adapters=[name], **kwargs)
             if name != "default" and kwargs.get("is_main_process", True):
                 _move_up(Path(save_directory) / name)
         else:
             self.pretrained_model.save_pretrained(save_directory, state_dict=own, **kwargs)
+            if kwargs.get("is_main_process", True):
+                for file in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                    (Path(save_directory) / file).unlink(missing_ok=True)
         if kwargs.get("is_main_process", True):
             self.save_critic(save_directory, critic_state)
         if push and kwargs.get("is_main_process", True):  # of a copy: the folder may hold other files
@@ -524,6 +552,7 @@ def load_pretrained(name: str | os.PathLike, is_trainable: bool = False, **kwarg
         if peft_config.revision:
             base_kwargs["revision"] = peft_config.revision
         base = load_pretrained(base_name, **base_kwargs)
+        _resize_vocabulary(base, name, **hub_kwargs)
         return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
     trust = kwargs.get("trust_remote_code", False)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **hub_kwargs)
@@ -623,6 +652,30 @@ def find_file(name: str | os.PathLike, filename: str, **hub_kwargs: Any) -> str 
                 stacklevel=2,
             )
         return None
+
+
+def _resize_vocabulary(base: Any, name: str, **hub_kwargs: Any) -> None:
+    """Gives a base model as many embeddings as there are in an adapter that was trained with tokens added."""
+    names = {id(module): key for key, module in base.named_modules()}
+    with safe_open(find_file(name, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs), "pt") as file:
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+            own = f"base_model.model.{names.get(id(layer))}"
+            for key in {f"{own}.weight", f"{own}.base_layer.weight"} & set(file.keys()):
+                rows = file.get_slice(key).get_shape()[0]
+                if rows != _shape(layer.weight)[0]:
+                    base.resize_token_embeddings(rows, mean_resizing=False)  # all are in the file, or not read
+                    return
+
+
+def _trained_but_not_saved(model: PeftModel) -> list[str]:
+    """Weights that are trained beside those of an adapter, which alone are saved."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = {name for name in trained if model.peft_config.keys().isdisjoint(name.split("."))}
+    if not others:
+        return []
+    state = {**model.state_dict(), **trained}
+    saved = get_peft_model_state_dict(model, state, model.active_adapter, save_embedding_layers=False).values()
+    return sorted(others - {name for name in others if any(trained[name] is x for x in saved)})
 
 
 def _move_up(folder: Path) -> None:
