@@ -116,13 +116,6 @@ def test_every_fault_has_its_kind_and_the_environment_is_made_anew(fault, worker
     assert [comparable(a) for a in play(untouched, 8, ("go", "stay", "go"))] == [comparable(a) for a in after]
 
 
-def test_an_environment_that_ends_the_program_is_kept_from_it():
-    pool = EnvPool(Misbehaving, {"fault": "system exit", "seeds": (7,)}, num_envs=1)
-    failure = play(pool, 7)[-1]
-    assert (failure.kind, failure.did) == ("raised", "raised SystemExit: 3") and len(play(pool, 8)) == 4
-    pool.close()
-
-
 def test_observations_for_a_format_of_the_users_own():
     class Board(Misbehaving):
         def answer(self):

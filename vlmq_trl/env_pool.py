@@ -46,7 +46,6 @@ EnvSpec = str | Callable[..., gymnasium.Env]
 START_TIMEOUT = 600.0  # seconds for a process to come up and make its environment; some start a browser
 CLOSE_TIMEOUT = 5.0  # seconds for environments to close before their processes are terminated
 TERMINATE_TIMEOUT = 1.0  # the same for one that failed; also the seconds from SIGTERM to SIGKILL
-RAISED = (Exception, SystemExit)  # an environment's own fault; Ctrl-C is not
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 # What an environment can do wrong, and what to do about it.
@@ -126,7 +125,7 @@ def close_env(env: gymnasium.Env) -> None:
     """Closes an environment. One that cannot be closed is a warning: what it played is no worse for that."""
     try:
         env.close()
-    except RAISED as error:
+    except Exception as error:
         logger.warning("An environment could not be closed: %s: %s", type(error).__name__, error)
 
 
@@ -218,14 +217,14 @@ class _Local:
         if self.env is None:
             try:
                 self.env = self.make()
-            except RAISED as error:
+            except Exception as error:
                 return Failure("start", f"could not be made anew: {type(error).__name__}: {error}", error=error)
         work, argument = self.command
         try:
             return work(self.env, argument)
         except _Misfit as misfit:
             return misfit.failure
-        except RAISED as error:
+        except Exception as error:
             return Failure("raised", f"raised {type(error).__name__}: {error}", error=error)
 
     def close(self) -> None:

@@ -26,7 +26,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vlmq_trl.agent_format import AgentFormat, Exchange, action_of, check_format, default_format, prompt_of
-from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, EnvSpec, Failure, Outcome, make_env
+from vlmq_trl.env_pool import (
+    FAILURES,
+    EnvFailureError,
+    EnvPool,
+    EnvSpec,
+    Failure,
+    Outcome,
+    close_env,
+    make_env,
+)
 from vlmq_trl.envs import Decision, Demonstrator, make_demonstrator
 from vlmq_trl.metrics import load_metric
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes
@@ -559,7 +568,7 @@ def collect_demonstrations(
     try:
         fmt = agent_format if agent_format is not None else default_format(probe)
     finally:
-        probe.close()
+        close_env(probe)
     if isinstance(policy, str):
         policy = make_demonstrator(env_id, policy, flaw_probability)
     player: Any = policy if hasattr(policy, "act") else DemonstratorPolicy(policy, fmt)

@@ -20,7 +20,7 @@ from typing import Any
 import gymnasium
 
 from vlmq_trl.agent_format import AgentFormat, default_format, make_format
-from vlmq_trl.env_pool import EnvFailureError, EnvSpec, make_env
+from vlmq_trl.env_pool import EnvFailureError, EnvSpec, close_env, make_env
 from vlmq_trl.envs import make_demonstrator
 from vlmq_trl.recorder import EpisodeRecorder
 from vlmq_trl.rollout import DemonstratorPolicy, Policy, play_episodes
@@ -65,7 +65,7 @@ def show_episodes(
             try:
                 agent_format = default_format(probe)
             finally:
-                probe.close()
+                close_env(probe)
         policy = DemonstratorPolicy(demonstrator, agent_format)
     played = play_episodes(
         env,

@@ -52,6 +52,7 @@ from .callbacks import EnvEvaluationCallback
 from .checkpoints import TRAINING_STATE, load_weights, newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
+from .env_pool import close_env
 from .model_card import CURVE_NAME, evaluations, model_card, plot_success
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
@@ -181,7 +182,7 @@ class VLMQTrainer(SFTTrainer):
             )
         if eval_env is not None:
             made = make_env(eval_env)  # an unknown id or a broken factory shows now, not at the first evaluation
-            made.close()
+            close_env(made)
             if train_dataset is not None:
                 warn_of_another_format(agent_format or default_format(made), train_dataset)
         self.eval_env, self.agent_format = eval_env, agent_format

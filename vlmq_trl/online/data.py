@@ -225,6 +225,7 @@ class OnlineData:
         played = Played()
         start = last_commit = time.perf_counter()
         before = self.own_turns
+        answered, retokenized = (getattr(policy, name, 0) for name in ("responses", "retokenized"))
         if self.args.rollout_repeat_fraction:
             self.returns = dict(self._known_returns())
 
@@ -255,8 +256,8 @@ class OnlineData:
             bar.close()
             commit(end_round=round if complete else None)
         played.seconds = time.perf_counter() - start
-        played.responses = getattr(policy, "responses", 0)
-        played.retokenized = getattr(policy, "retokenized", 0)
+        played.responses = getattr(policy, "responses", 0) - answered
+        played.retokenized = getattr(policy, "retokenized", 0) - retokenized
         return played
 
     def _known_returns(self) -> Iterator[tuple[int, float]]:
