@@ -573,6 +573,7 @@ def train(
         stop_at_success=args.stop_at_success,
         workers=args.rollout_workers,
         env_timeout=args.env_timeout,
+        max_env_failures=args.max_env_failures,
     )
     if method == "filtered_bc":
         dataset = filter_top_returns(dataset, script.top_fraction, seed=args.seed)
@@ -618,6 +619,8 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     best = evaluation.restore_best(trainer.model)
     trainer.save_model(args.output_dir)
+    if method == "vlmq":  # the checkpoints' cards told of other weights
+        trainer.create_model_card()
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = {
         "history": evaluation.history,

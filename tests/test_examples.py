@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -168,7 +169,8 @@ def test_another_domain_with_options(model_name, tmp_path):
     assert "BabyAI-GoToObj: success with its 95 % interval" in train_agent.table(results)
 
 
-def test_best_weights_are_the_ones_that_are_tested(model_name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["sft", "vlmq"])
+def test_best_weights_are_the_ones_that_are_tested(method, model_name, tmp_path, monkeypatch):
     evaluations = iter([0.0, 0.75, 0.5])
     played = callbacks.evaluate_model
 
@@ -176,9 +178,12 @@ def test_best_weights_are_the_ones_that_are_tested(model_name, tmp_path, monkeyp
         return {**played(*args, **kwargs), "success_rate": next(evaluations)}
 
     monkeypatch.setattr(callbacks, "evaluate_model", evaluate_model)
-    arguments = {**SMALL, "before_episodes": 0, "method": "sft", "output_dir": tmp_path, "disable_tqdm": True}
+    arguments = {**SMALL, "before_episodes": 0, "method": method, "output_dir": tmp_path, "disable_tqdm": True}
     results = train_agent.main(flags(model_name_or_path=model_name, **arguments))
-    assert results["methods"]["sft"]["best_step"] == 1
+    assert results["methods"][method]["best_step"] == 1
+    if method == "vlmq":
+        card = ModelCard.load(tmp_path / "vlmq" / "README.md")
+        assert card.data.eval_results[0].metric_value == 0.75
 
 
 class Interrupted(Exception):
