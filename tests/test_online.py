@@ -420,6 +420,17 @@ def test_resume(tmp_path, saved, prioritized):
     assert_same_run(resumed, whole)
 
 
+def test_a_checkpoint_from_before_the_first_round(tmp_path):
+    run = {"dataset": text_number_line(), "offline_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, **run)
+    whole.train()
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    resumed = make_trainer(tmp_path, **run)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
 def test_a_resumed_run_needs_its_buffer(tmp_path):
     run = {"save_strategy": "steps", "save_steps": 4}
     make_trainer(tmp_path / "run", **run).train()

@@ -129,9 +129,8 @@ class OnlineData:
             saved: the buffer's manifest when the checkpoint was written.
         """
         here = self.buffer.manifest()
-        other = here["fingerprint"] != saved["fingerprint"] or here["counters"].get("run") != saved["counters"].get(
-            "run"
-        )
+        run = saved["counters"].get("run")  # None: nothing had been collected
+        other = here["fingerprint"] != saved["fingerprint"] or run not in (None, here["counters"].get("run"))
         if other or here["end"] < saved["end"]:
             held = "other play" if other and here["end"] > here["num_offline"] else f"{self.own_turns} collected turns"
             raise ValueError(
