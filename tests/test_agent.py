@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VLMAgent`: what a trainer saved, opened and played with."""
 
+import functools
 import json
 
 import gymnasium
@@ -17,11 +18,13 @@ from vlmq_trl import (
     AutoModelForImageTextToTextWithValueHead,
     CallableFormat,
     CriticConfig,
+    PlainFormat,
     VLMAgent,
     VLMQTrainer,
     episode_metrics,
     make_format,
 )
+from vlmq_trl.agent import agent_card
 from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
 from vlmq_trl.rollout import Request
 from vlmq_trl.trajectory import validate_trajectories
@@ -81,11 +84,31 @@ def test_the_card_is_json_and_is_checked(trained, tmp_path):
     _, folder = trained
     card = json.loads((folder / "agent.json").read_text())
     assert card["env_id"] == NUMBER_LINE and card["agent_format"]["name"] == "json_cot"
-    for text in ("[]", "{", '{"agent_format": {"name": "telepathy"}}', '{"agent_format": {"colour": "red"}}'):
+    for text in (
+        "[]",
+        "{",
+        '{"env_kwargs": 3}',
+        '{"agent_format": {"name": "telepathy"}}',
+        '{"agent_format": {"colour": "red"}}',
+    ):
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "agent.json").write_text(text)
         with pytest.raises(ValueError, match="is not an agent's card"):
             VLMAgent.from_pretrained(tmp_path)
+
+
+def test_an_environment_with_options(tmp_path):
+    """As train_agent.py makes it from `env_options`."""
+    trainer = train(tmp_path)
+    trainer.eval_env = functools.partial(gymnasium.make, NUMBER_LINE, invalid_penalty=7.0)
+    trainer.__dict__.pop("_agent_card")
+    trainer.save_model()
+    trainer.create_model_card()
+    assert f'gymnasium.make("{NUMBER_LINE}", invalid_penalty=7.0)' in (tmp_path / "agent" / "README.md").read_text()
+    (episode,) = VLMAgent.from_pretrained(tmp_path / "agent").play(max_turns=1)
+    assert episode.turns[0].reward == -7.0  # it has not learned to speak
+    card = agent_card(functools.partial(gymnasium.make, NUMBER_LINE, wrapper=print), PlainFormat(), 8)
+    assert (card["env_id"], card["env_kwargs"]) == (None, {})
 
 
 def test_functions_of_ones_own_are_asked_for(tmp_path, seen):

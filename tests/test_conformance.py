@@ -6,6 +6,7 @@ Each domain's own tests say what its rules are; here stands only what all have i
 
 import string
 import warnings
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import gymnasium
@@ -99,10 +100,9 @@ def test_every_domain_is_here():
 
 
 def test_gymnasiums_checker_is_content(case):
-    made = case.make(render_mode="rgb_array")
-    with warnings.catch_warnings():
+    with closing(case.make(render_mode="rgb_array")) as made, warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(made.unwrapped)
+        check_env(made.unwrapped)  # which closes another one
 
 
 def test_equal_seeds_give_equal_episodes_and_others_differ(case, env):

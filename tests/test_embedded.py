@@ -106,9 +106,17 @@ def test_the_cache_variable(tmp_path, monkeypatch):
 
 def test_a_model_that_does_not_read_is_refused(tmp_path):
     strict = dataclasses.replace(SMALL, required_accuracy=0.95)
-    with pytest.raises(embedded.ReadingError, match=r"'NumberLine'.*0.95 is required: raise `EmbeddedRecipe.steps`"):
+    with pytest.raises(embedded.ReadingError, match=r"'NumberLine'.*is required: raise `EmbeddedRecipe.steps`"):
         load_embedded_model(strict, tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_learned_by_heart_takes_more_states(tmp_path, monkeypatch):
+    marks = iter([0.34, 0.34, 0.34, 0.99])  # of the courses' exams, and of the lessons
+    monkeypatch.setattr(embedded, "_reading_accuracy", lambda model, exam: next(marks))
+    strict = dataclasses.replace(SMALL, required_accuracy=0.95)
+    with pytest.raises(embedded.ReadingError, match=r"0.34.*0.99.*is required: raise `EmbeddedRecipe.states`"):
+        load_embedded_model(strict, tmp_path, progress=False)
 
 
 def test_a_model_that_reads_poorly_takes_another_course(tmp_path, monkeypatch):

@@ -130,6 +130,7 @@ def card(**kwargs):
         "is_adapter": True,
         "sees_images": True,
         "env_id": NUMBER_LINE,
+        "env_kwargs": {},
         "arguments": {"seed": 3},
         "played": [],
         "best_step": None,

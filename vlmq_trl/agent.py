@@ -11,9 +11,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -158,7 +160,7 @@ class VLMAgent:
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
             load_processor(name, model.config, **hub_kwargs, trust_remote_code=kwargs.get("trust_remote_code", False)),
             agent_format if agent_format is not None else make_format(**known) if known and not custom else None,
-            env=card.get("env_id") if env is None else env,
+            env=_env_of(card) if env is None else env,
             temperature=temperature,
             max_completion_length=length,
         )
@@ -339,15 +341,32 @@ class BestOfPolicy:
 
 
 def agent_card(env: EnvSpec | None, agent_format: AgentFormat | None, max_completion_length: int) -> dict[str, Any]:
-    """What `agent.json` says, so that an agent opens with no argument: `env_id`, `agent_format` (`CUSTOM_FORMAT` for
-    functions of the user's own, None where none is known), `max_completion_length`."""
+    """What `agent.json` says, so that an agent opens with no argument: `env_id` (None for a user's own factory),
+    `env_kwargs` (of `functools.partial(gymnasium.make, env_id, ...)`), `agent_format` (`CUSTOM_FORMAT` for a user's
+    own functions, None where none is known), `max_completion_length`."""
     if agent_format is None and env is not None:
         agent_format = _default_of(env)
+    env_id, env_kwargs = env, {}
+    if isinstance(env, partial) and env.func is gymnasium.make and len(env.args) == 1 and _is_json(env.keywords):
+        env_id, env_kwargs = env.args[0], env.keywords
     return {
-        "env_id": env if isinstance(env, str) else None,
+        "env_id": env_id if isinstance(env_id, str) else None,
+        "env_kwargs": env_kwargs,
         "agent_format": None if agent_format is None else format_arguments(agent_format) or CUSTOM_FORMAT,
         "max_completion_length": max_completion_length,
     }
+
+
+def _is_json(values: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads(json.dumps(values)) == values
+    except TypeError:
+        return False
+
+
+def _env_of(card: Mapping[str, Any]) -> EnvSpec | None:
+    env_id, env_kwargs = card.get("env_id"), card.get("env_kwargs")
+    return partial(gymnasium.make, env_id, **env_kwargs) if env_id and env_kwargs else env_id
 
 
 def _default_of(env: EnvSpec) -> AgentFormat:
@@ -366,6 +385,8 @@ def _read_card(name: str, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         card = json.loads(Path(path).read_text())
         if not isinstance(card, dict):
             raise TypeError("it is no object")
+        if not isinstance(card.get("env_kwargs", {}), dict):
+            raise TypeError("`env_kwargs` is no object")
         if card.get("agent_format") not in (None, CUSTOM_FORMAT):
             make_format(**card["agent_format"])
     except (TypeError, ValueError) as error:

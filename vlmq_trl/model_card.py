@@ -96,6 +96,7 @@ def model_card(
     is_adapter: bool,
     sees_images: bool,
     env_id: str | None,
+    env_kwargs: Mapping[str, Any],
     arguments: Mapping[str, Any],
     played: Sequence[Evaluation],
     best_step: int | None,
@@ -134,7 +135,7 @@ def model_card(
         _success_table(played, shown),
         f"![Success against steps, with its 95 % interval]({curve})" if curve else "",
         "## Play",
-        _usage(repo_id, env_id, is_adapter, sees_images),
+        _usage(repo_id, env_id, env_kwargs, is_adapter, sees_images),
         "## Training",
         "\n".join(
             ["| setting | value |", "| --- | --- |"]
@@ -185,8 +186,11 @@ def _success_table(played: Sequence[Evaluation], shown: Evaluation | None) -> st
     return "\n".join([*lines, "", note])
 
 
-def _usage(repo_id: str, env_id: str | None, is_adapter: bool, sees_images: bool) -> str:
-    env = f'"{env_id}"' if env_id else "my_env"
+def _usage(
+    repo_id: str, env_id: str | None, env_kwargs: Mapping[str, Any], is_adapter: bool, sees_images: bool
+) -> str:
+    given = ", ".join([f'"{env_id}"', *(f"{name}={value!r}" for name, value in env_kwargs.items())])
+    played, made = ("", f"gymnasium.make({given})") if env_id else ("my_env, ", "my_env()")
     auto_class = "AutoModelForImageTextToText" if sees_images else "AutoModelForCausalLM"
     stock = (
         f'model = PeftModel.from_pretrained(base_model, "{repo_id}")'
@@ -198,9 +202,9 @@ import gymnasium
 from vlmq_trl import VLMAgent, episode_metrics
 
 agent = VLMAgent.from_pretrained("{repo_id}")
-print(episode_metrics(agent.play({env}, episodes=10, seed=1)))
+print(episode_metrics(agent.play({played}episodes=10, seed=1)))
 
-env = gymnasium.make({env}).unwrapped
+env = {made}.unwrapped
 observation, _ = env.reset(seed=0)
 answer = agent.act(observation, env.task)  # .response, .action
 values = agent.token_values(observation, answer.response, env.task)  # Q, V and log-probability of each token

@@ -827,6 +827,7 @@ class VLMQTrainer(SFTTrainer):
             is_adapter=isinstance(own, PeftModel),
             sees_images=isinstance(self.processing_class, ProcessorMixin),
             env_id=self._agent_card["env_id"],
+            env_kwargs=self._agent_card["env_kwargs"],
             arguments=self.args.to_dict(),
             played=played,
             best_step=best,
