@@ -45,8 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ALFWorld-Pick": {
         "title": "ALFWorld, Pick, own small households",
-        "about": "Find an object and bring it to a receptacle, within 12 turns; the expert, who knows where everything "
-        "is, takes 4 to 6.",
+        "about": "Find an object and bring it to a receptacle, within 12 turns; the expert, who knows where it is, "
+        "takes 4 to 6.",
         "arguments": {
             "env_id": "vlmq_trl/ALFWorld-Pick-v0",
             "env_options": ["max_turns=12"],
