@@ -43,27 +43,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         # A detour costs little of the return: 0.3 forgives it.
         "methods": {"vlmq_scalar": {"filter_temperature": 0.1}},
     },
-    "ALFWorld-Pick": {
-        "title": "ALFWorld, Pick, own small households",
-        "about": "Find an object and bring it to a receptacle, within 12 turns; the expert, who knows where it is, "
-        "takes 4 to 6.",
-        "arguments": {
-            "env_id": "vlmq_trl/ALFWorld-Pick-v0",
-            "env_options": ["max_turns=12"],
-            "policy": "flawed:0.5",
-            "episodes": 1000,
-            "off_policy_trace": "tree_backup",
-            "turn_lambda": 0.95,
-            "filter": "exp",
-            "max_steps": 300,
-            "lr_scheduler_type": "cosine",
-            "eval_steps": 100,
-            "eval_episodes": 100,
-            "max_completion_length": 80,
-            "test_episodes": 300,
-        },
-        "methods": {"vlmq_scalar": {"filter_temperature": 0.1}},
-    },
 }
 COMPARED = ("sft", "filtered_bc", "vlmq_scalar")
 
