@@ -20,7 +20,7 @@ import pytest
 import vlmq_trl
 from tests.misbehaving_envs import Misbehaving, make_nothing
 from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
-from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, Failure, Outcome, make_env
+from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, Failure, Outcome, legal_actions_of, make_env
 from vlmq_trl.online.opening import _first_look
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +143,13 @@ def test_the_look_before_an_online_run_is_as_strict():
         with pytest.raises(TypeError, match="`legal_actions` must be a sequence of strings"):
             look(fault)
     assert [lists_actions for _, lists_actions in map(look, ("", "close"))] == [True, True]
+
+
+@pytest.mark.parametrize("listed", [["left"], np.array(["left"]), {"left": 0}.keys(), iter(["left"])])
+def test_any_iterable_of_strings_lists_legal_actions(listed):
+    env = Misbehaving()
+    env.legal_actions = listed
+    assert legal_actions_of(env) == ("left",)
 
 
 @pytest.mark.parametrize("workers", [False, True])

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -138,12 +138,13 @@ def legal_actions_of(env: gymnasium.Env) -> tuple[str, ...]:
     listed = env.get_wrapper_attr("legal_actions") if env.has_wrapper_attr("legal_actions") else None
     if listed is None:
         return ()
-    if isinstance(listed, str) or not isinstance(listed, Sequence) or not all(isinstance(one, str) for one in listed):
+    actions = tuple(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else (None,)
+    if not all(isinstance(one, str) for one in actions):
         raise TypeError(
             f"`legal_actions` must be a sequence of strings, such as ['left', 'right'], or None, got {listed!r:.100}; "
             "if it is a method, make it a property."
         )
-    return tuple(listed)
+    return actions
 
 
 # One environment's work, in either kind of process.
