@@ -78,7 +78,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "online_fraction": 0.9,
         "rollout_epsilon": 0.05,
     },
-    "purely_online": {"episodes": 0, "offline_steps": 0, "rollout_epsilon": 0.1},
+    "purely_online": {
+        "episodes": 0,
+        "offline_steps": 0,
+        "lr_scheduler_type": "cosine",
+        # First it must find out, then it must not imitate its own errors.
+        "rollout_temperature_start": 1.0,
+        "rollout_temperature": 0.7,
+        "rollout_epsilon_start": 0.1,
+        "rollout_epsilon": 0.05,
+        "rollout_annealing_turns": 8000,
+        "replay_capacity": 5000,
+    },
     "grpo": {},
     "grpo_return": {},
 }
