@@ -6,10 +6,13 @@ import. pytest-xdist's workers inherit them, and so share one folder; the proces
 """
 
 import atexit
+import errno
 import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(
@@ -47,6 +50,23 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def disk_full_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Called with a beginning: there is no more room for files whose names begin so (`Path.write_bytes`)."""
+
+    def fill(beginning: str) -> None:
+        original = Path.write_bytes
+
+        def write_bytes(self: Path, data: bytes) -> int:
+            if self.name.startswith(beginning):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(self, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+    return fill
 
 
 # The files of a few long tests, begun first so that no worker is left with one at the end while the others wait.

@@ -661,16 +661,20 @@ def test_failing_environments_end_a_run_that_has_saved_everything(tmp_path):
         assert buffer.counters["env_failures"] >= 3
 
 
+class Flaky(TextNumberLine):
+    """Raises in every fourth reset."""
+
+    resets = 0
+
+    def reset(self, **kwargs):
+        Flaky.resets += 1
+        if Flaky.resets % 4 == 0:
+            raise RuntimeError("a hiccup")
+        return super().reset(**kwargs)
+
+
 def test_some_failures_are_borne_and_counted(tmp_path):
-    class Flaky(TextNumberLine):
-        resets = 0
-
-        def reset(self, **kwargs):
-            Flaky.resets += 1
-            if Flaky.resets % 4 == 0:
-                raise RuntimeError("a hiccup")
-            return super().reset(**kwargs)
-
+    Flaky.resets = 0
     trainer = make_trainer(tmp_path, env=Flaky, init={"eval_env": TextNumberLine})
     trainer.train()
     assert step_logs(trainer)[-1]["env_failures"] == Flaky.resets // 4 > 0
@@ -706,15 +710,7 @@ def test_a_round_is_complete_when_it_has_its_turns(asynchronous, tmp_path):
 
 
 def test_evaluation_bears_failures_as_collection_does(tmp_path):
-    class Flaky(TextNumberLine):
-        resets = 0
-
-        def reset(self, **kwargs):
-            Flaky.resets += 1
-            if Flaky.resets % 4 == 0:
-                raise RuntimeError("a hiccup")
-            return super().reset(**kwargs)
-
+    Flaky.resets = 0
     run = {"init": {"eval_env": Flaky}, "eval_strategy": "steps", "eval_steps": 2, "eval_num_envs": 2}
     trainer = make_trainer(tmp_path / "borne", **run)
     trainer.train()

@@ -315,15 +315,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     assert len(passed) == 2 and len(warned) == 1 and isinstance(recorder.error, FileExistsError)
 
 
-def test_a_disk_that_fills_up(tmp_path, monkeypatch):
-    original = Path.write_bytes
-
-    def write_bytes(self, data):
-        if self.name.startswith("001"):
-            raise OSError(28, "No space left on device")
-        return original(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+def test_a_disk_that_fills_up(tmp_path, disk_full_at):
+    disk_full_at("001")
     with pytest.warns(UserWarning, match="No space left on device") as warned:
         passed = record(tmp_path, *[episode(name=f"e/{i}") for i in range(4)])
     assert [one.episode_id for one in passed] == ["e/0", "e/1", "e/2", "e/3"] and len(warned) == 1

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import gymnasium
 import pytest
@@ -157,15 +156,8 @@ def test_an_output_that_can_be_no_folder_is_refused_first(tmp_path, capsys, monk
     assert capsys.readouterr().out == "" and (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_disk_that_fills_up_ends_the_play_with_an_error(tmp_path, capsys, monkeypatch):
-    original = Path.write_bytes
-
-    def write_bytes(self, data):
-        if self.name.startswith("001"):
-            raise OSError(28, "No space left on device")
-        return original(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+def test_a_disk_that_fills_up_ends_the_play_with_an_error(tmp_path, capsys, disk_full_at):
+    disk_full_at("001")
     with pytest.warns(UserWarning, match="no longer recorded"), pytest.raises(SystemExit) as stopped:
         main(["vlmq_trl/EZPoints-v0", "--episodes", "3", "--output", str(tmp_path)])
     assert f"only 1 of 3 episodes were written to {tmp_path}: [Errno 28] No space" in stopped.value.code

@@ -31,6 +31,7 @@ from .agent_format import (
 )
 from .collator import VLMQDataCollator
 from .critic import Critic
+from .env_pool import close_env
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
     existing,
@@ -374,7 +375,7 @@ def _default_of(env: EnvSpec) -> AgentFormat:
     try:
         return default_format(made)
     finally:
-        made.close()
+        close_env(made)
 
 
 def _read_card(name: str, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
