@@ -57,14 +57,21 @@ def main() -> None:
     torch.set_num_threads(1)
     # First: the weights are split as they are loaded only if ZeRO-3 is known by then.
     args = small_runs.config(task["out"], **task["config"])
-    envs = {None: None, "NumberLine": small_runs.NUMBER_LINE, "broken": BreaksOnRank1}
-    callback = EnvEvaluationCallback(small_runs.NUMBER_LINE, eval_steps=2, episodes=3, max_completion_length=8)
+    envs = {
+        None: None,
+        "NumberLine": small_runs.NUMBER_LINE,
+        "uneven": small_runs.UnevenNumberLine,
+        "broken": BreaksOnRank1,
+    }
+    env = envs[task.get("env")]
+    eval_env = env if task.get("env") == "uneven" else small_runs.NUMBER_LINE
+    callback = EnvEvaluationCallback(eval_env, eval_steps=2, episodes=3, max_completion_length=8)
     trainer = VLMQTrainer(
         task["model"],
         args,
         train_dataset=None if task.get("purely") else small_runs.number_line(),
-        env=envs[task.get("env")],
-        eval_env=small_runs.NUMBER_LINE,
+        env=env,
+        eval_env=eval_env,
         peft_config=LoraConfig(target_modules=LORA, r=4) if task.get("lora") else None,
         callbacks=[callback] if task.get("callback") else None,
     )

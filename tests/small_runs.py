@@ -44,6 +44,22 @@ def number_line(
     )
 
 
+class UnevenNumberLine(gymnasium.Wrapper):
+    """NumberLine whose episodes end after two turns where the seed is even: of two processes' play, all of one's."""
+
+    def __init__(self) -> None:
+        super().__init__(gymnasium.make(NUMBER_LINE))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.turns_left = 10 if seed is None or seed % 2 else 2
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: str) -> Any:
+        observation, reward, terminated, truncated, info = super().step(action)
+        self.turns_left -= 1
+        return observation, reward, terminated, truncated or not self.turns_left, info
+
+
 class TextNumberLine(gymnasium.ObservationWrapper):
     """NumberLine with its two numbers, such as "2 to 4", as text in place of the picture, and no task text."""
 

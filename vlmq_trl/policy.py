@@ -186,8 +186,10 @@ class ModelPolicy:
         recorder = TokenLogProbs(self.temperature) if self.logprobs else None
         if recorder is not None:
             processors.append(recorder)
+        # Each process plays at its own pace. Under ZeRO-3 `generate` would go on until all have finished, and wait for
+        # ever for one that plays no more; with whole weights (`ready_to_generate`) it need not.
         sequences = self.model.generate(
-            **inputs, generation_config=self.generation_config, logits_processor=processors
+            **inputs, generation_config=self.generation_config, logits_processor=processors, synced_gpus=False
         )
         tokens = sequences[:, start:]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
