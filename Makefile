@@ -60,6 +60,7 @@ bench: $(ALL_READY)
 	$(BIN)/python examples/benchmarks/tabular.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/speed.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/rollout.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/environments.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/benchmarks/asynchronous.py
 	$(BIN)/python examples/benchmarks/replay.py
 	$(BIN)/python examples/benchmarks/scaling.py

@@ -9,7 +9,7 @@ import gymnasium
 import pytest
 
 from examples import train_agent
-from examples.benchmarks import common, domains, learning, online, speed, tabular
+from examples.benchmarks import common, domains, environments, learning, online, speed, tabular
 from tests import tiny_models
 from vlmq_trl import collect_demonstrations, filter_top_returns
 from vlmq_trl.rollout import Response
@@ -268,6 +268,21 @@ def test_speed_with_remembered_pictures(monkeypatch, tmp_path):
     assert new
     speed.step_times(trainers[1])
     assert cache.misses == new and cache.hits >= new
+
+
+def test_turns_a_second_of_environments(monkeypatch, tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text("<!-- environments: generated, do not edit -->\n<!-- environments: end -->\n")
+    monkeypatch.setattr(environments, "PAGE", page)
+    monkeypatch.setattr(environments, "RESULT", tmp_path / "environments.json")
+    monkeypatch.setattr(environments, "DOMAINS", {"Gym Cards": "vlmq_trl/EZPoints-v0"})
+    monkeypatch.setattr(environments, "NUMBERS", (1, 2))
+    monkeypatch.setattr("sys.argv", ["environments.py", "--seconds", "0.05", "--rounds", "1"])
+    environments.main()
+    assert page.read_text().count("| Gym Cards |") == 2 and "(**1.00**)" in page.read_text()
+    assert all(
+        0 < speed for speeds in json.loads(environments.RESULT.read_text())["speeds"].values() for speed in speeds
+    )
 
 
 def test_padded_vocabulary(monkeypatch):
