@@ -281,7 +281,7 @@ def test_turns_a_second_of_environments(monkeypatch, tmp_path):
     environments.main()
     assert page.read_text().count("| Gym Cards |") == 2 and "(**1.00**)" in page.read_text()
     assert all(
-        0 < speed for speeds in json.loads(environments.RESULT.read_text())["speeds"].values() for speed in speeds
+        speed > 0 for speeds in json.loads(environments.RESULT.read_text())["speeds"].values() for speed in speeds
     )
 
 
