@@ -459,12 +459,12 @@ def test_observations_show_nothing_that_was_not_seen(seed):
 def test_the_reading_follows_the_play():
     env = start("Heat", seed=0)
     assert env.state_text() == {"location": "middle of the room", "carrying": "nothing", "visible": "nothing"}
-    assert env.script.thoughts() == "no apple is in sight"
+    assert env.script.thoughts() == "the apple is out of sight"
     for action, location, carrying, visible, thought in (
-        ("go to sinkbasin 1", "sinkbasin 1", "nothing", "apple 1", "a apple is here"),
-        ("take apple 1 from sinkbasin 1", "sinkbasin 1", "apple 1", "", "I carry a apple"),
-        ("go to microwave 1", "microwave 1", "apple 1", "closed", "I carry a apple"),
-        ("heat apple 1 with microwave 1", "microwave 1", "apple 1 (hot)", "closed", "I carry a apple"),
+        ("go to sinkbasin 1", "sinkbasin 1", "nothing", "apple 1", "the apple is here"),
+        ("take apple 1 from sinkbasin 1", "sinkbasin 1", "apple 1", "", "the apple is carried"),
+        ("go to microwave 1", "microwave 1", "apple 1", "closed", "the apple is carried"),
+        ("heat apple 1 with microwave 1", "microwave 1", "apple 1 (hot)", "closed", "the apple is carried"),
     ):
         assert env.script.expert() == action
         env.step(action)

@@ -52,22 +52,61 @@ def test_points24_is_seen_in_more_image_tokens_and_states():
     assert dataclasses.replace(SMALL, games=("Points24",)).scale_factor == 2  # as it was chosen
 
 
-def test_where_states_are_text_words_are_tokens():
-    """So that what the text names is, in the reading and in the action, the same token again."""
+@pytest.fixture(scope="module")
+def wordy_processor():
     recipe = EmbeddedRecipe(games=("vlmq_trl/ALFWorld-Look-v0",))
     assert (recipe.vocab_size, SMALL.vocab_size) == (2048, 512)
-    tokenizer = embedded.build_processor(recipe).tokenizer
+    return embedded.build_processor(recipe)
+
+
+def test_where_states_are_text_words_are_tokens(wordy_processor):
+    """So that what the text names is, in the reading and in the action, the same token again."""
+    tokenizer = wordy_processor.tokenizer
     action = "take pencil 1 from desk 1"
-    tokens = tokenizer.tokenize(f'{{"visible": "pencil 1", "action": "{action}"}}')
-    assert tokens[-6:] == ["Ġpencil", "Ġ1", "Ġfrom", "Ġdesk", "Ġ1", '"}']
+    response = f'{{"visible": "pencil 1", "action": "{action}"}}'
+    tokens = tokenizer.tokenize(response)
+    assert tokens[-8:] == ["takeĠ", "pencilĠ", "1", "Ġ", "fromĠ", "deskĠ", "1", '"}']
+    assert tokens.count("pencilĠ") == 2 and tokenizer.decode(tokenizer(response)["input_ids"]) == response
     before = tokenizer.tokenize('{"visible": "pencil 1", "action": "')
     assert tokens[: len(before)] == before, "whatever the action will be"
-    assert tokenizer.tokenize(f"Commands: {action}.")[-6:-1] == tokens[-6:-1], "as the text has them"
+    told = tokenizer.tokenize(f"Commands: {action}.")
+    taken = tokens[len(before) :]
+    assert told[-1 - len(taken[:-1]) : -1] == taken[:-1], "as the text has them"
+
+
+def test_names_are_exchanged_in_prompt_and_reading_alike(wordy_processor):
+    lesson = embedded._Lesson.collect("vlmq_trl/ALFWorld-Look-v0", 60, 3, wordy_processor, progress=False)
+    tokenizer = wordy_processor.tokenizer
+    words = [[tokenizer.decode([t]) for t in form] for form in lesson.names]
+    assert [word.rstrip(" ") for word in words[0]] == words[1] and len(words[1]) > 5
+    assert {"desk", "nothing", "location"} & set(words[1]) == {"desk"}  # neither what is always there, nor what is not
+    rng, exchanged = np.random.default_rng(0), 0
+    for row in range(60):
+        prompt, reading = lesson.prompt_ids[row], lesson.reading_ids[row]
+        new = lesson.renamed(row, rng)
+        assert len(new) == len(prompt) + len(reading)
+        changes = dict(zip(prompt + reading, new, strict=True))
+        assert [changes[t] for t in prompt + reading] == new, "each by one other"
+        assert len(set(changes.values()) - set(lesson.names.ravel())) == len(set(changes) - set(lesson.names.ravel()))
+        for before, after in changes.items():
+            texts = tokenizer.decode([before]), tokenizer.decode([after])
+            same_kind = [text.strip(" ").isdigit() for text in texts]
+            assert before == after or (
+                same_kind[0] == same_kind[1] and texts[0].endswith(" ") == texts[1].endswith(" ")
+            )
+        exchanged += sum(before != after for before, after in changes.items())
+    assert exchanged > 100
+    plain, renamed = (lesson.batch(np.arange(40), torch.device("cpu"), renaming) for renaming in (None, rng))
+    assert plain["input_ids"].shape == renamed["input_ids"].shape
+    same = (plain["input_ids"] == renamed["input_ids"]).all(1)
+    assert 5 < same.sum() < 35, "about half of them"
+    assert torch.equal(plain["labels"] == -100, renamed["labels"] == -100)
 
 
 def test_batches_of_text_have_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(1, 100, size=1000)
-    lesson = embedded._Lesson("", [[0] * n for n in lengths], [[0]] * 1000, torch.zeros(1000, 1), 0)
+    none = np.zeros((2, 0), dtype=np.int64)
+    lesson = embedded._Lesson("", [[0] * n for n in lengths], [[0]] * 1000, torch.zeros(1000, 1), 0, none, none[0])
     drawn = [lesson.draw(np.random.default_rng(seed), 16, alike=True) for seed in range(200)]
     assert np.mean([np.ptp(lengths[rows]) for rows in drawn]) < 20
     assert abs(np.mean(lengths[np.concatenate(drawn)]) - lengths.mean()) < 5, "short and long alike"

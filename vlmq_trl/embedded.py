@@ -4,7 +4,7 @@
 `load_embedded_model()` gives the directory of a stock Idefics3 checkpoint. The first call builds it (minutes on two
 cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
 full response up to its action (`... "action": "`): the state read aloud and the neutral thoughts that follow from it,
-in states that scripted play visits, good and bad (`PLAYERS`). No action is ever in a loss. The reading is verified on
+in states that scripted play visits, good and bad (`EVERYONE`). No action is ever in a loss. The reading is verified on
 fresh states before the model is used, and the result is cached.
 
 The four games of Gym Cards have lessons that were tried; any other environment with pictures, `reading_fields` and a
@@ -17,8 +17,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,10 @@ OTHER_LESSON_STEPS = 800
 # Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
 WORDY = ("vlmq_trl/ALFWorld", "vlmq_trl/MiniWoB")
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
-# this size miscounts them.
+# this size miscounts them; in ALFWorld it asks for help and inventories, whose texts hide where it is.
 EVERYONE = ("expert", "flawed", "random")
-PLAYERS = dict.fromkeys(GAMES, EVERYONE) | {"Points24": ("expert", "flawed")}
+PURPOSEFUL = ("expert", "flawed")
+PURPOSEFUL_GAMES = ("Points24", "vlmq_trl/ALFWorld")
 EXAM_STATES = 300
 EXTRA_COURSES = 2  # at most, for a model that does not read well enough after the first
 IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
@@ -206,13 +209,14 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
     tokenizer = Tokenizer(models.BPE())
     values = r"\b[1-3][0-9]\b|[0-9]|\b[AJQK]\b|[-+*/=()_]|stand|hit|soft|hard|higher|lower|[\[\],]"
     others = [game for game in recipe.games if game not in GAMES]
-    if others:
-        values += r'|(?<="action": ")[^"]+'  # the tokens before an action do not depend on it
-    if recipe.wordy:
-        values = values.rpartition("|")[2]
+    action = r'(?<="action": ")[^"]+'  # the tokens before an action do not depend on it
+    if recipe.wordy:  # the blank after a word, not before it: so it is the same token where a quotation begins
+        values = rf"{action}|[A-Za-z]+ ?|[0-9]|[^A-Za-z0-9 ]+ ?| +"
+    elif others:
+        values += f"|{action}"
     # filled in when the recipe was made
     assert recipe.image_size is not None and recipe.scale_factor is not None and recipe.vocab_size is not None
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=recipe.wordy)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(values), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     roles = ["<system>", "<user>", "<assistant>"]
@@ -223,7 +227,10 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus([*GAMES, *others]), trainer)
+    corpus = _corpus([*GAMES, *others])
+    if recipe.wordy:  # before a blank and without one, each word is a token
+        corpus += 32 * sorted({word for text in corpus for word in re.findall("[A-Za-z]+", text)})
+    tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -291,11 +298,12 @@ def _corpus(games: list[str]) -> list[str]:
 
 
 def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """States that the game's `PLAYERS` visit: `prompt`, `messages`, `image`, `reading` (up to the action)."""
+    """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action)."""
     env_id = f"vlmq_trl/{game}-v0" if game in GAMES else game
     env: Any = gymnasium.make(env_id).unwrapped
     agent_format = default_format(env)
-    demonstrators = [make_demonstrator(env_id, policy) for policy in PLAYERS.get(game, EVERYONE)]
+    players = PURPOSEFUL if game.startswith(PURPOSEFUL_GAMES) else EVERYONE
+    demonstrators = [make_demonstrator(env_id, policy) for policy in players]
     rng = np.random.default_rng((seed, GAMES.index(game) if game in GAMES else crc32(game.encode())))
     rows: list[dict[str, Any]] = []
     episode = 0
@@ -318,13 +326,20 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 @dataclass
 class _Lesson:
-    """One game's states: `prompt_ids` and `reading_ids`, B lists each; `pixels` [B, 3, H, W] uint8."""
+    """One game's states: `prompt_ids` and `reading_ids`, B lists each; `pixels` [B, 3, H, W] uint8.
+
+    Attributes:
+        names: [2, N] tokens of the N words that readings copy from their prompts (`_names`).
+        digits: [9] tokens of 1 to 9.
+    """
 
     game: str
     prompt_ids: list[list[int]]
     reading_ids: list[list[int]]
     pixels: torch.Tensor
     pad_token_id: int
+    names: np.ndarray
+    digits: np.ndarray
 
     @classmethod
     def collect(cls, game: str, count: int, seed: int, processor: Idefics3Processor, progress: bool) -> "_Lesson":
@@ -346,7 +361,12 @@ class _Lesson:
                 prompts[row["prompt"]] = list(processor(text=[text], images=[[row["image"]]])["input_ids"][0])
         prompt_ids = [prompts[row["prompt"]] for row in rows]
         readings = [processor.tokenizer(row["reading"], add_special_tokens=False)["input_ids"] for row in rows]
-        return cls(game, prompt_ids, readings, torch.stack(pixels), processor.tokenizer.pad_token_id)
+        tokenizer = processor.tokenizer
+        names, digits = (
+            _names(tokenizer, prompt_ids, readings),
+            np.array(tokenizer.convert_tokens_to_ids([*"123456789"])),
+        )
+        return cls(game, prompt_ids, readings, torch.stack(pixels), tokenizer.pad_token_id, names, digits)
 
     def draw(self, rng: np.random.Generator, count: int, alike: bool) -> np.ndarray:
         """Random rows; `alike`: of similar length, so that little of the batch is padding."""
@@ -357,9 +377,28 @@ class _Lesson:
         first = count * int(rng.integers(8))
         return rows[np.argsort(lengths, kind="stable")][first : first + count]
 
-    def batch(self, rows: np.ndarray, device: torch.device) -> dict[str, torch.Tensor]:
-        """[B, T] right-padded ids, mask and labels (-100 on prompt and padding), and pixel values."""
+    def renamed(self, row: int, rng: np.random.Generator) -> list[int]:
+        """A row's tokens with the names of its prompt exchanged for others, and digits for digits, in prompt and
+        reading alike: what is to be copied cannot be known by heart then."""
+        ids = np.array(self.prompt_ids[row] + self.reading_ids[row])
+        new = np.arange(max(int(part.max()) for part in (ids, self.names, self.digits)) + 1)
+        named = np.isin(self.names, self.prompt_ids[row]).any(0)
+        new[self.names[:, named]] = rng.permutation(self.names, axis=1)[:, named]
+        new[self.digits] = rng.permutation(self.digits)
+        return new[ids].tolist()
+
+    def batch(
+        self, rows: np.ndarray, device: torch.device, renaming: np.random.Generator | None = None
+    ) -> dict[str, torch.Tensor]:
+        """[B, T] right-padded ids, mask and labels (-100 on prompt and padding), and pixel values.
+
+        Args:
+            renaming: gives half of the rows other names.
+        """
         ids = [self.prompt_ids[i] + self.reading_ids[i] for i in rows]
+        if renaming is not None and self.names.size:
+            exchanged = renaming.random(len(rows)) < 0.5
+            ids = [self.renamed(int(rows[k]), renaming) if exchanged[k] else own for k, own in enumerate(ids)]
         width = max(map(len, ids))
         input_ids = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in ids])
         lengths = torch.tensor([len(row) for row in ids])
@@ -375,6 +414,32 @@ class _Lesson:
             "pixel_values": pixel_values,
         }
         return {k: v.to(device) for k, v in batch.items()}
+
+
+def _names(tokenizer: Any, prompts: list[list[int]], readings: list[list[int]]) -> np.ndarray:
+    """[2, N] tokens of the words that readings copy, before a blank and without one.
+
+    Where such a word stands in a reading it stands in the prompt too, but not in every prompt.
+    """
+    words = {t: tokenizer.decode([t]).rstrip(" ") for t in {t for row in prompts + readings for t in row}}
+    in_prompts: Counter[str] = Counter()
+    in_readings: Counter[str] = Counter()
+    in_both: Counter[str] = Counter()
+    for prompt, reading in zip(prompts, readings, strict=True):
+        prompted, read = {words[t] for t in prompt}, {words[t] for t in reading}
+        in_prompts.update(prompted)
+        in_readings.update(read)
+        in_both.update(prompted & read)
+    names = [
+        word
+        for word, count in sorted(in_both.items())
+        if re.fullmatch(r"[A-Za-z]{3,}", word)
+        and count >= 0.7 * in_readings[word]
+        and in_prompts[word] < 0.9 * len(prompts)
+    ]
+    forms = [[tokenizer(word + blank, add_special_tokens=False)["input_ids"] for word in names] for blank in (" ", "")]
+    known = [k for k in range(len(names)) if len(forms[0][k]) == len(forms[1][k]) == 1]
+    return np.array([[form[k][0] for k in known] for form in forms], dtype=np.int64)
 
 
 def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: int, progress: bool) -> None:
@@ -393,7 +458,7 @@ def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: i
     for step in bar:
         lesson = lessons[step % len(lessons)]
         rows = lesson.draw(rng, recipe.batch_size, alike=recipe.wordy)
-        loss = model(**lesson.batch(rows, model.device)).loss
+        loss = model(**lesson.batch(rows, model.device, rng if recipe.wordy else None)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -61,9 +61,10 @@ class ALFWorldScript(Script):
         return right
 
     def thoughts(self) -> str:
+        """Whether what is wanted is there: its name first, so that the rest can be looked up by it."""
         target, memory = self.env.game.target, self.env.memory
         if memory.carrying.rpartition(" ")[0] == target:
-            return f"I carry a {target}"
+            return f"the {target} is carried"
         if any(thing.rpartition(" ")[0] == target for thing in memory.in_sight()):
-            return f"a {target} is here"
-        return f"no {target} is in sight"
+            return f"the {target} is here"
+        return f"the {target} is out of sight"
