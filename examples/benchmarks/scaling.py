@@ -143,6 +143,7 @@ def main() -> None:
                     runs.setdefault(name, []).append(pair)
                     print(f"{repeat + 1}/{options.repeats} {name}: {pair[0]} {pair[1]}", flush=True)
         command = f"python examples/benchmarks/scaling.py --processes {options.processes} --repeats {options.repeats}"
+        command += f" --kinds {' '.join(options.kinds)}"
         write_json(
             RESULT,
             {
