@@ -292,7 +292,8 @@ def _corpus(games: list[str]) -> list[str]:
     """Prompts and responses of every game and format, for the tokenizer."""
     texts = []
     for game in games:
-        for row in _states(game, 64 if game in GAMES else 512, seed=0):
+        count = 64 if game in GAMES else 2048 if game.startswith(WORDY) else 512  # rare words are in few states
+        for row in _states(game, count, seed=0):
             texts += [row["prompt"], row["reading"], f'{row["reading"]}+"}}']
     return texts
 
@@ -306,6 +307,7 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
     demonstrators = [make_demonstrator(env_id, policy) for policy in players]
     rng = np.random.default_rng((seed, GAMES.index(game) if game in GAMES else crc32(game.encode())))
     rows: list[dict[str, Any]] = []
+    pictures: dict[bytes, Any] = {}  # each kept once
     episode = 0
     while len(rows) < count:
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -317,7 +319,9 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
             response = agent_format.render("@", decision.reading, decision.thoughts)
             reading, _, _ = response.rpartition("@")
             prompt = "".join(part.get("text") or "" for message in messages for part in message["content"])
-            rows.append({"prompt": prompt, "messages": messages, "image": observation["image"], "reading": reading})
+            image = observation["image"]
+            image = pictures.setdefault(hashlib.sha256(image).digest(), image)
+            rows.append({"prompt": prompt, "messages": messages, "image": image, "reading": reading})
             observation, _, terminated, truncated, _ = env.step(decision.action)
             done = terminated or truncated
     env.close()
