@@ -103,17 +103,42 @@ def test_names_are_exchanged_in_prompt_and_reading_alike(wordy_processor):
     assert torch.equal(plain["labels"] == -100, renamed["labels"] == -100)
 
 
+def test_drills_ask_for_what_follows_from_the_reading(wordy_processor):
+    lesson = embedded._Lesson.collect("vlmq_trl/ALFWorld-Look-v0", 120, 3, wordy_processor, progress=False)
+    tokenizer, rng = wordy_processor.tokenizer, np.random.default_rng(0)
+    batch = lesson.drill(rng, 200, torch.device("cpu"))
+    endings: dict[str, int] = {}
+    for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+        reading = json.loads(tokenizer.decode(ids[mask == 1]) + '"}')
+        wanted = reading["thoughts"].split(" ")[0]
+        assert list(reading) == ["location", "carrying", "visible", "thoughts", "action"]
+        asked = tokenizer.decode(labels[labels != -100])
+        if reading["thoughts"].endswith("here"):
+            assert reading["thoughts"].removesuffix(" here") in reading["visible"]
+            assert asked.startswith(reading["thoughts"]), "the name can be known"
+        elif reading["thoughts"].endswith("carried"):
+            assert reading["thoughts"].removesuffix(" carried") in reading["carrying"]
+        elif wanted not in reading["location"]:
+            assert wanted not in reading["visible"] + reading["carrying"] and asked.startswith("out of sight")
+        assert asked.endswith('", "action": "') and "location" not in asked
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
+        endings[reading["thoughts"].split(" ")[-1]] = endings.get(reading["thoughts"].split(" ")[-1], 0) + 1
+    assert set(endings) == {"here", "carried", "sight"} and min(endings.values()) > 40, "each about as often"
+
+
 def test_batches_of_text_have_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(1, 100, size=1000)
     none = np.zeros((2, 0), dtype=np.int64)
-    lesson = embedded._Lesson("", [[0] * n for n in lengths], [[0]] * 1000, torch.zeros(1000, 1), 0, none, none[0])
+    texts = [[0] * n for n in lengths], [[0]] * 1000, [0] * 1000, []
+    lesson = embedded._Lesson("", *texts, torch.zeros(1000, 1), 0, none, none[0])
     drawn = [lesson.draw(np.random.default_rng(seed), 16, alike=True) for seed in range(200)]
     assert np.mean([np.ptp(lengths[rows]) for rows in drawn]) < 20
     assert abs(np.mean(lengths[np.concatenate(drawn)]) - lengths.mean()) < 5, "short and long alike"
 
 
 def test_lessons_of_all_games_add_up():
-    assert EmbeddedRecipe().num_steps == sum(embedded.LESSON_STEPS.values())
+    assert EmbeddedRecipe().num_steps == sum(embedded.LESSON_STEPS[game] for game in embedded.GAMES)
+    assert EmbeddedRecipe(games=("vlmq_trl/ALFWorld-Look-v0",)).num_steps == embedded.LESSON_STEPS["vlmq_trl/ALFWorld"]
     assert SMALL.num_steps == 2
 
 

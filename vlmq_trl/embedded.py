@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from .envs.demonstrators import make_demonstrator
 
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 # Optimiser steps that each game's reading takes, found by looking at the accuracy on fresh states.
-LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800}
+LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800, "vlmq_trl/ALFWorld": 2000}
 OTHER_LESSON_STEPS = 800
 # Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
 WORDY = ("vlmq_trl/ALFWorld", "vlmq_trl/MiniWoB")
@@ -54,6 +55,10 @@ WORDY = ("vlmq_trl/ALFWorld", "vlmq_trl/MiniWoB")
 EVERYONE = ("expert", "flawed", "random")
 PURPOSEFUL = ("expert", "flawed")
 PURPOSEFUL_GAMES = ("Points24", "vlmq_trl/ALFWorld")
+# Whose thoughts follow from the reading alone, by looking up a name in it. A model learns that late from whole
+# lessons, and soon from readings without prompt and picture: these drills come first, and go along with the lessons.
+DRILLED = "vlmq_trl/ALFWorld"
+DRILL_STEPS, DRILL_ROWS, DRILL_WEIGHT = 1000, 96, 0.2
 EXAM_STATES = 300
 EXTRA_COURSES = 2  # at most, for a model that does not read well enough after the first
 IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
@@ -63,6 +68,9 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<end_of_turn>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+BY_GAMES: Any = None  # a recipe's default that depends on its games
 
 
 class ReadingError(RuntimeError):
@@ -78,14 +86,20 @@ class EmbeddedRecipe:
         seed: of the weights, of the training states and of their order.
         steps: optimiser steps of the reading lessons; None takes the sum of the games' `LESSON_STEPS`, and for any
             other environment `OTHER_LESSON_STEPS`.
-        batch_size: rows a step, shared by the games.
-        learning_rate: peak of a one-cycle cosine schedule.
-        states: training states of each game; None takes 12,000 for Points24, which has the most, and 6,000 otherwise.
-        required_accuracy: share of fresh states of each game whose whole reading must be right.
+        batch_size: rows a step, of one game after the other; None takes 32 for ALFWorld and MiniWoB, whose rows are
+            long, and 48 otherwise.
+        learning_rate: peak of a one-cycle cosine schedule; None takes 1.5e-3 for ALFWorld and MiniWoB, 2e-3 otherwise.
+        states: training states of each game; None takes 12,000 for Points24, 24,000 for ALFWorld, where states differ
+            most, and 6,000 otherwise.
+        required_accuracy: share of fresh states of each game whose whole reading must be right; None takes 0.75 for
+            ALFWorld, where a sixth of the states show something in small print that nothing depends on, and 0.95
+            otherwise.
         image_size: pixels of the picture's side as the model sees it; None takes 112 for BabyAI, where a patch then is
             one of the 7 x 7 cells, and 128 otherwise.
         scale_factor: patches to an image token, along each side; None takes 1 for Points24, whose formula is written
             small, and for BabyAI's cells, and 2 otherwise.
+        layers: of the language model; None takes 4 for ALFWorld and MiniWoB, where much is to be looked up, and 3
+            otherwise.
         vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
             otherwise.
     """
@@ -93,18 +107,18 @@ class EmbeddedRecipe:
     games: tuple[str, ...] = GAMES
     seed: int = 0
     steps: int | None = None
-    batch_size: int = 48
-    learning_rate: float = 2e-3
-    states: int | None = None
-    required_accuracy: float = 0.95
-    image_size: int | None = None
+    batch_size: int = BY_GAMES
+    learning_rate: float = BY_GAMES
+    states: int = BY_GAMES
+    required_accuracy: float = BY_GAMES
+    image_size: int = BY_GAMES
     patch_size: int = 16
-    scale_factor: int | None = None
+    scale_factor: int = BY_GAMES
     vision_hidden_size: int = 128
     vision_layers: int = 4
     hidden_size: int = 192
-    layers: int = 3
-    vocab_size: int | None = None
+    layers: int = BY_GAMES
+    vocab_size: int = BY_GAMES
     version: int = 2
 
     def __post_init__(self):
@@ -113,14 +127,20 @@ class EmbeddedRecipe:
             raise ValueError(f"`games` must name some of {GAMES}, or registered environments, got {self.games}.")
         points24 = "Points24" in self.games
         babyai = all(game.startswith("vlmq_trl/BabyAI-") for game in self.games)
-        if self.image_size is None:
-            object.__setattr__(self, "image_size", 112 if babyai else 128)
-        if self.scale_factor is None:
-            object.__setattr__(self, "scale_factor", 1 if points24 or babyai else 2)
-        if self.states is None:
-            object.__setattr__(self, "states", 12_000 if points24 else 6_000)
-        if self.vocab_size is None:
-            object.__setattr__(self, "vocab_size", 2048 if self.wordy else 512)
+        alfworld = any(game.startswith("vlmq_trl/ALFWorld") for game in self.games)
+        defaults = {
+            "image_size": 112 if babyai else 128,
+            "scale_factor": 1 if points24 or babyai else 2,
+            "states": 24_000 if alfworld else 12_000 if points24 else 6_000,
+            "required_accuracy": 0.75 if alfworld else 0.95,
+            "batch_size": 32 if self.wordy else 48,
+            "learning_rate": 1.5e-3 if self.wordy else 2e-3,
+            "layers": 4 if self.wordy else 3,
+            "vocab_size": 2048 if self.wordy else 512,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     @property
     def wordy(self) -> bool:
@@ -128,8 +148,10 @@ class EmbeddedRecipe:
 
     @property
     def num_steps(self) -> int:
-        steps = sum(LESSON_STEPS.get(game, OTHER_LESSON_STEPS) for game in self.games)
-        return steps if self.steps is None else self.steps
+        if self.steps is not None:
+            return self.steps
+        own = ((steps for start, steps in LESSON_STEPS.items() if game.startswith(start)) for game in self.games)
+        return sum(next(steps, OTHER_LESSON_STEPS) for steps in own)
 
 
 def load_embedded_model(
@@ -179,7 +201,6 @@ def build_embedded_model(
         processor = build_processor(recipe)
         model = build_model(recipe, processor)
         model.to("cuda" if devices else "cpu")
-        assert recipe.states is not None  # filled in when the recipe was made
         lessons = [_Lesson.collect(game, recipe.states, recipe.seed + 1, processor, progress) for game in recipe.games]
         # Seeds that the lessons never saw.
         exams = [
@@ -214,8 +235,6 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         values = rf"{action}|[A-Za-z]+ ?|[0-9]|[^A-Za-z0-9 ]+ ?| +"
     elif others:
         values += f"|{action}"
-    # filled in when the recipe was made
-    assert recipe.image_size is not None and recipe.scale_factor is not None and recipe.vocab_size is not None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(values), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -298,8 +317,14 @@ def _corpus(games: list[str]) -> list[str]:
     return texts
 
 
-def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action)."""
+def _states(
+    game: str, count: int, seed: int, see: Callable[[np.ndarray], Any] = np.asarray, progress: bool = False
+) -> list[dict[str, Any]]:
+    """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action).
+
+    Args:
+        see: makes `image` of a picture.
+    """
     env_id = f"vlmq_trl/{game}-v0" if game in GAMES else game
     env: Any = gymnasium.make(env_id).unwrapped
     agent_format = default_format(env)
@@ -307,7 +332,8 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
     demonstrators = [make_demonstrator(env_id, policy) for policy in players]
     rng = np.random.default_rng((seed, GAMES.index(game) if game in GAMES else crc32(game.encode())))
     rows: list[dict[str, Any]] = []
-    pictures: dict[bytes, Any] = {}  # each kept once
+    seen: dict[bytes, Any] = {}  # each picture once
+    bar = tqdm(total=count, desc=f"Reading lessons: {game}", unit="state", disable=not progress, leave=False)
     episode = 0
     while len(rows) < count:
         observation, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -319,12 +345,15 @@ def _states(game: str, count: int, seed: int) -> list[dict[str, Any]]:
             response = agent_format.render("@", decision.reading, decision.thoughts)
             reading, _, _ = response.rpartition("@")
             prompt = "".join(part.get("text") or "" for message in messages for part in message["content"])
-            image = observation["image"]
-            image = pictures.setdefault(hashlib.sha256(image).digest(), image)
-            rows.append({"prompt": prompt, "messages": messages, "image": image, "reading": reading})
+            key = hashlib.sha256(observation["image"]).digest()
+            if key not in seen:
+                seen[key] = see(observation["image"])
+            rows.append({"prompt": prompt, "messages": messages, "image": seen[key], "reading": reading})
+            bar.update()
             observation, _, terminated, truncated, _ = env.step(decision.action)
             done = terminated or truncated
     env.close()
+    bar.close()
     return [rows[i] for i in rng.permutation(len(rows))[:count]]
 
 
@@ -333,6 +362,8 @@ class _Lesson:
     """One game's states: `prompt_ids` and `reading_ids`, B lists each; `pixels` [B, 3, H, W] uint8.
 
     Attributes:
+        thoughts: where each reading's thoughts begin, as an index of its tokens.
+        endings: the rows of the readings whose last word is the same, for each such word.
         names: [2, N] tokens of the N words that readings copy from their prompts (`_names`).
         digits: [9] tokens of 1 to 9.
     """
@@ -340,6 +371,8 @@ class _Lesson:
     game: str
     prompt_ids: list[list[int]]
     reading_ids: list[list[int]]
+    thoughts: list[int]
+    endings: list[np.ndarray]
     pixels: torch.Tensor
     pad_token_id: int
     names: np.ndarray
@@ -347,30 +380,43 @@ class _Lesson:
 
     @classmethod
     def collect(cls, game: str, count: int, seed: int, processor: Idefics3Processor, progress: bool) -> "_Lesson":
-        rows = _states(game, count, seed)
-        pixels, known = [], {}
-        bar = tqdm(rows, desc=f"Reading lessons: {game}", unit="state", disable=not progress, leave=False)
-        for row in bar:
-            key = row["image"].tobytes()
-            if key not in known:
-                values = processor.image_processor([[row["image"]]], return_tensors="pt")["pixel_values"][0, 0]
-                # Normalised with mean and standard deviation 0.5: back to bytes, exactly.
-                known[key] = ((values + 1) * 127.5).round().to(torch.uint8)
-            pixels.append(known[key])
+        def pixels(image: np.ndarray) -> torch.Tensor:
+            values = processor.image_processor([[image]], return_tensors="pt")["pixel_values"][0, 0]
+            # Normalised with mean and standard deviation 0.5: back to bytes, exactly.
+            return ((values + 1) * 127.5).round().to(torch.uint8)
+
+        rows = _states(game, count, seed, pixels, progress)
+        blank = np.zeros((32, 32, 3), np.uint8)  # every picture has as many tokens
         prompts: dict[str, list[int]] = {}  # few, as a rule: one for each task text
         for row in rows:
             if row["prompt"] not in prompts:
-                messages = prepare_multimodal_messages(row["messages"], images=[row["image"]])
+                messages = prepare_multimodal_messages(row["messages"], images=[blank])
                 text = apply_chat_template({"prompt": messages}, processor)["prompt"]
-                prompts[row["prompt"]] = list(processor(text=[text], images=[[row["image"]]])["input_ids"][0])
+                prompts[row["prompt"]] = list(processor(text=[text], images=[[blank]])["input_ids"][0])
         prompt_ids = [prompts[row["prompt"]] for row in rows]
-        readings = [processor.tokenizer(row["reading"], add_special_tokens=False)["input_ids"] for row in rows]
         tokenizer = processor.tokenizer
-        names, digits = (
+
+        def tokens(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        readings, thoughts = [], []
+        endings: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            before, mark, thought = row["reading"].rpartition('"thoughts": "')
+            readings.append(tokens(row["reading"]))
+            thoughts.append(len(tokens(before + mark)))
+            endings.setdefault(thought.partition('"')[0].rpartition(" ")[2], []).append(i)
+        return cls(
+            game,
+            prompt_ids,
+            readings,
+            thoughts,
+            [np.array(found) for _, found in sorted(endings.items())],
+            torch.stack([row["image"] for row in rows]),
+            tokenizer.pad_token_id,
             _names(tokenizer, prompt_ids, readings),
             np.array(tokenizer.convert_tokens_to_ids([*"123456789"])),
         )
-        return cls(game, prompt_ids, readings, torch.stack(pixels), tokenizer.pad_token_id, names, digits)
 
     def draw(self, rng: np.random.Generator, count: int, alike: bool) -> np.ndarray:
         """Random rows; `alike`: of similar length, so that little of the batch is padding."""
@@ -384,12 +430,38 @@ class _Lesson:
     def renamed(self, row: int, rng: np.random.Generator) -> list[int]:
         """A row's tokens with the names of its prompt exchanged for others, and digits for digits, in prompt and
         reading alike: what is to be copied cannot be known by heart then."""
-        ids = np.array(self.prompt_ids[row] + self.reading_ids[row])
+        return self._exchanged(self.prompt_ids[row] + self.reading_ids[row], self.prompt_ids[row], rng)
+
+    def _exchanged(self, tokens: list[int], named: list[int], rng: np.random.Generator) -> list[int]:
+        """`tokens` with the names that are in `named` exchanged for others, and digits for digits."""
+        ids = np.array(tokens)
         new = np.arange(max(int(part.max()) for part in (ids, self.names, self.digits)) + 1)
-        named = np.isin(self.names, self.prompt_ids[row]).any(0)
-        new[self.names[:, named]] = rng.permutation(self.names, axis=1)[:, named]
+        known = np.isin(self.names, named).any(0)
+        new[self.names[:, known]] = rng.permutation(self.names, axis=1)[:, known]
         new[self.digits] = rng.permutation(self.digits)
         return new[ids].tolist()
+
+    def drill(self, rng: np.random.Generator, count: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Readings alone, all with exchanged names, each last word equally often; labels from the thoughts on, but on
+        no name that was not named before."""
+        endings = rng.integers(len(self.endings), size=count)
+        rows = [int(rng.choice(self.endings[ending])) for ending in endings]
+        ids = [self._exchanged(self.reading_ids[row], self.reading_ids[row], rng) for row in rows]
+        labels = [[-100] * len(row) for row in ids]
+        names = {token: name for form in self.names.tolist() for name, token in enumerate(form)}
+        for asked, tokens, start in zip(labels, ids, (self.thoughts[row] for row in rows), strict=True):
+            known = {names[token] for token in tokens[:start] if token in names}
+            for t in range(start, len(tokens)):
+                if tokens[t] not in names or names[tokens[t]] in known:
+                    asked[t] = tokens[t]
+        width = max(map(len, ids))
+        lengths = torch.tensor([len(row) for row in ids])
+        batch = {
+            "input_ids": torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in ids]),
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
+        }
+        return {k: v.to(device) for k, v in batch.items()}
 
     def batch(
         self, rows: np.ndarray, device: torch.device, renaming: np.random.Generator | None = None
@@ -446,11 +518,40 @@ def _names(tokenizer: Any, prompts: list[list[int]], readings: list[list[int]]) 
     return np.array([[form[k][0] for k in known] for form in forms], dtype=np.int64)
 
 
+def _optimizer(model: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+
+
+def _drill(model: Any, lesson: _Lesson, recipe: EmbeddedRecipe, progress: bool) -> None:
+    """`DRILL_STEPS` of AdamW on the lesson's drills, at a constant rate after a warm-up."""
+    optimizer = _optimizer(model, recipe.learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    rng = np.random.default_rng((recipe.seed, DRILL_STEPS))
+    model.train()
+    bar = tqdm(range(DRILL_STEPS), desc=f"Drills for the embedded model: {lesson.game}", disable=not progress)
+    for step in bar:
+        loss = model(**lesson.drill(rng, DRILL_ROWS, model.device)).loss
+        _update(model, optimizer, scheduler, loss)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _update(model: Any, optimizer: Any, scheduler: Any, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step()
+
+
 def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: int, progress: bool) -> None:
     """One-cycle AdamW on the readings; one game a step, in turn. Extra courses have half the steps, half the rate."""
     steps = recipe.num_steps if course == 0 else -(-recipe.num_steps // 2)
     peak = recipe.learning_rate if course == 0 else recipe.learning_rate / 2
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98))
+    for lesson in lessons if course == 0 else []:
+        if lesson.game.startswith(DRILLED):
+            _drill(model, lesson, recipe, progress)
+    optimizer = _optimizer(model, peak)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3,
@@ -463,11 +564,10 @@ def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: i
         lesson = lessons[step % len(lessons)]
         rows = lesson.draw(rng, recipe.batch_size, alike=recipe.wordy)
         loss = model(**lesson.batch(rows, model.device, rng if recipe.wordy else None)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
+        total = loss
+        if lesson.game.startswith(DRILLED):
+            total = loss + DRILL_WEIGHT * model(**lesson.drill(rng, recipe.batch_size, model.device)).loss
+        _update(model, optimizer, scheduler, total)
         if step % 10 == 0:
             bar.set_postfix(game=lesson.game, loss=f"{loss.item():.3f}")
     model.eval()

@@ -43,6 +43,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
         # A detour costs little of the return: 0.3 forgives it.
         "methods": {"vlmq_scalar": {"filter_temperature": 0.1}},
     },
+    "ALFWorld-Pick": {
+        "title": "ALFWorld, Pick",
+        "about": "Find an object in a small household and put it where the goal says, within 12 turns.",
+        "arguments": {
+            "env_id": "vlmq_trl/ALFWorld-Pick-v0",
+            "env_options": ["max_turns=12", "data=own"],
+            "policy": "flawed:0.5",
+            "episodes": 1000,
+            "off_policy_trace": "tree_backup",
+            "turn_lambda": 0.95,
+            "filter": "exp",
+            "max_steps": 400,
+            "lr_scheduler_type": "cosine",
+            "eval_steps": 200,
+            "eval_episodes": 100,
+            "max_completion_length": 96,
+            "test_episodes": 300,
+        },
+        "methods": {"vlmq_scalar": {"filter_temperature": 0.1}},
+    },
 }
 COMPARED = ("sft", "filtered_bc", "vlmq_scalar")
 

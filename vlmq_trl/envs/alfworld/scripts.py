@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from vlmq_trl.envs.alfworld.env import ALFWorld
+from vlmq_trl.envs.alfworld.memory import by_number
 from vlmq_trl.envs.alfworld.planner import plan
 from vlmq_trl.envs.base import Script
 
@@ -61,10 +62,13 @@ class ALFWorldScript(Script):
         return right
 
     def thoughts(self) -> str:
-        """Whether what is wanted is there: its name first, so that the rest can be looked up by it."""
+        """The wanted object and whether it is there: "mug 1 here", "mug 1 carried" or "mug out of sight".
+
+        Its name comes first, and its number only where it is seen: what follows can be looked up by the name.
+        """
         target, memory = self.env.game.target, self.env.memory
         if memory.carrying.rpartition(" ")[0] == target:
-            return f"the {target} is carried"
-        if any(thing.rpartition(" ")[0] == target for thing in memory.in_sight()):
-            return f"the {target} is here"
-        return f"the {target} is out of sight"
+            return f"{memory.carrying} carried"
+        here = (thing for thing in sorted(memory.in_sight(), key=by_number) if thing.rpartition(" ")[0] == target)
+        seen = next(here, None)
+        return f"{seen} here" if seen else f"{target} out of sight"
