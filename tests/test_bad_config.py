@@ -52,6 +52,7 @@ BROKEN_CONFIGS = [
     ({"target_aggregation": "max"}, "must be 'mean' or 'min'"),
     ({"target_norm_rate": 0}, "`target_norm_rate=0`: it must lie in (0, 1]"),
     ({"filter": "soft"}, "must be one of ('binary', 'exp', 'none')"),
+    ({"filter_scope": "thoughts"}, "must be one of ('response', 'action')"),
     ({"filter_threshold": NAN}, "`filter_threshold=nan`: it must be a finite number"),
     ({"filter_temperature": 0.0}, "`filter_temperature=0.0`: it must be positive"),
     ({"filter_max_weight": -1}, "`filter_max_weight=-1`: it must be positive"),

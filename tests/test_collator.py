@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from tests import tiny_models
+from vlmq_trl import make_format
 from vlmq_trl.collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from vlmq_trl.policy import completion_tokens
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
@@ -481,6 +482,23 @@ def test_behaviour_log_probabilities_lie_on_their_tokens(name):
         assert len(packed) == int((batch["labels"] != -100).sum())
         assert_close(packed, torch.tensor(expected), equal_nan=True)
     assert "behavior_log_probs" not in VLMQDataCollator(processor)(data.__getitems__([1]))
+
+
+def test_the_action_s_tokens_are_marked():
+    _, processor = tiny_models.build("idefics3")
+    data = segments("idefics3", [(4, "terminated")])
+    batch = VLMQDataCollator(processor, action_format=make_format("json_cot"))(data.__getitems__([1, 0, 3]))
+    tokens = batch["labels"][batch["labels"] != -100]
+    assert batch["action_mask"].shape == tokens.shape and batch["action_mask"].dtype == torch.bool
+    row = torch.repeat_interleave(torch.arange(3), (batch["labels"][:3] != -100).sum(1))
+    of_first = row == 0
+    before = processor.tokenizer.decode(tokens[of_first & ~batch["action_mask"]])
+    action = processor.tokenizer.decode(tokens[of_first & batch["action_mask"]])
+    assert before.endswith('"action":') and action.startswith(' "+"}'), "from the action's value on"
+    assert batch["action_mask"][row > 0].all(), "where a response never comes to an action, all are filtered"
+    plain = VLMQDataCollator(processor, action_format=make_format("plain"))(data.__getitems__([0, 2]))
+    assert plain["action_mask"].all()
+    assert "action_mask" not in VLMQDataCollator(processor)(data.__getitems__([0]))
 
 
 def test_too_many_behaviour_log_probabilities():

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import objective, vlmq_trainer
+from vlmq_trl import collect_demonstrations, objective, vlmq_trainer
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.critic import Critic
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
@@ -188,6 +188,22 @@ def test_warm_up_keeps_every_token(tmp_path):
     trainer.train()
     assert [entry["kept_fraction"] for entry in step_logs(trainer)] == [1.0, 1.0, 0.0, 0.0]
     assert [entry["policy_loss"] > 0 for entry in step_logs(trainer)] == [True, True, False, False]
+
+
+def test_the_filter_may_judge_the_action_alone(tmp_path):
+    """A filter that lets nothing through, with and without the tokens before the action."""
+    env = "vlmq_trl/NumberLine-v0"
+    data = collect_demonstrations(env, policy="random", episodes=2, seed=0, progress=False)
+    strict = {"dataset": data, "max_steps": 1, "filter_threshold": 1e9, "filter_scope": "action"}
+    whole = make_trainer(tmp_path, **{**strict, "filter_scope": "response"}, init={"eval_env": env})
+    whole.train()
+    assert step_logs(whole)[0]["kept_fraction"] == 0
+    trainer = make_trainer(tmp_path, **strict, init={"eval_env": env})
+    trainer.train()
+    (log,) = step_logs(trainer)
+    assert 0.8 < log["kept_fraction"] < 1 and log["policy_loss"] > 0, "the reading and the thoughts, not the action"
+    with pytest.raises(ValueError, match=r"`filter_scope='action'` needs to know .* give `agent_format`"):
+        make_trainer(tmp_path, **strict)
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])

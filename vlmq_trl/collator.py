@@ -11,6 +11,7 @@ segment that needs a bootstrap state. A batch boundary may cut a segment: its ha
 Axes: B rows of the batch (R turns, then the bootstrap rows), T tokens, S segments, A action tokens.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from .agent_format import AgentFormat
 from .trajectory import EpisodeIndex, flatten_content
 
 TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
@@ -229,12 +231,13 @@ class VLMQDataCollator:
         max_length: longest row in tokens; None for no limit. A longer row is an error, never cut: its end carries the
             reward.
         pad_to_multiple_of: text-only models.
+        action_format: marks the tokens from where a response comes to its action; None: no mark.
 
     Returns (from calling it):
         `input_ids`, `attention_mask`, `labels` [B, T] and the family's own tensors; `bootstrap_mask` [B, T] bool;
         `turn_row`, `turn_segment`, `turn_reward`, `turn_terminated`, `turn_return_to_go` [R]; `segment_bootstrap` [S]
         row of `bootstrap_mask`'s True entries that follows each segment, -1 for none; `behavior_log_probs` [A], NaN
-        where unknown, only if the data has any.
+        where unknown, only if the data has any; `action_mask` [A] bool, only with `action_format`.
 
     Raises:
         ValueError: a row too long, without action tokens, or with more behaviour log-probabilities than tokens.
@@ -243,6 +246,7 @@ class VLMQDataCollator:
     processing_class: ProcessorMixin | PreTrainedTokenizerBase
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
+    action_format: AgentFormat | None = None
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         bootstraps = [item["bootstrap"] for item in items if item["bootstrap"] is not None]
@@ -272,7 +276,24 @@ class VLMQDataCollator:
         batch["segment_bootstrap"] = segment_bootstrap
         if any(item.get("behavior_logprobs") is not None for item in items):
             batch["behavior_log_probs"] = self._behavior_log_probs(items, counts)
+        if self.action_format is not None:
+            responses = [row[row != -100].tolist() for row in labels[:turns]]
+            starts = [self._action_start(self.action_format, tokens) for tokens in responses]
+            batch["action_mask"] = torch.cat(
+                [torch.arange(len(tokens)) >= start for tokens, start in zip(responses, starts, strict=True)]
+            )
         return batch
+
+    def _action_start(self, action_format: AgentFormat, tokens: list[int]) -> int:
+        """The first token that a response chooses once it has come to its action; all of them if it never does."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+
+        def reached(count: int) -> bool:
+            return action_format.reaches_action(tokenizer.decode(tokens[:count], skip_special_tokens=True))
+
+        if not reached(len(tokens)):
+            return 0
+        return bisect.bisect_left(range(len(tokens)), True, key=reached)
 
     def tokenize(self, rows: list[tuple[list[dict], list | None, list[dict] | None]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` [B, T] and the family's own tensors of rows: prompt, images and

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FILTERS = ("binary", "exp", "none")
+FILTER_SCOPES = ("response", "action")
 TRACES = ("none", "retrace", "tree_backup")
 
 

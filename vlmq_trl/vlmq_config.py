@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from .critic import CRITIC_TYPES, CriticConfig
-from .losses import FILTERS, TRACES
+from .losses import FILTER_SCOPES, FILTERS, TRACES
 
 
 @dataclass
@@ -75,6 +75,10 @@ class VLMQConfig(SFTConfig):
             Temperature of the exponential filter.
         filter_max_weight (`float`, *optional*, defaults to `20.0`):
             Largest weight of the exponential filter.
+        filter_scope (`str`, *optional*, defaults to `"response"`):
+            `"response"` filters every token, `"action"` those from where the response comes to its action; what stands
+            before it, such as a reading of the state, is cloned whole. For data whose readings are right: a critic
+            that knows little yet takes a reading that tells good news for a good one.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             First updates during which every token is kept, while the critic learns.
 
@@ -207,6 +211,9 @@ class VLMQConfig(SFTConfig):
     filter_threshold: float = field(default=0.0, metadata={"help": "Threshold of the binary filter."})
     filter_temperature: float = field(default=0.3, metadata={"help": "Temperature of the exponential filter."})
     filter_max_weight: float = field(default=20.0, metadata={"help": "Largest weight of the exponential filter."})
+    filter_scope: str = field(
+        default="response", metadata={"help": "Tokens that are filtered.", "choices": list(FILTER_SCOPES)}
+    )
     critic_warmup_steps: int = field(default=0, metadata={"help": "First updates that keep every token."})
     vision_cache_gb: float = field(
         default=0.0,
@@ -370,6 +377,7 @@ class VLMQConfig(SFTConfig):
             )
         self._require(0 < self.value_expectile < 1, "value_expectile", "must lie strictly between 0 and 1")
         self._require(self.filter in FILTERS, "filter", f"must be one of {FILTERS}")
+        self._require(self.filter_scope in FILTER_SCOPES, "filter_scope", f"must be one of {FILTER_SCOPES}")
         self._require(self.off_policy_trace in TRACES, "off_policy_trace", f"must be one of {TRACES}")
         self._require(self.target_aggregation in ("mean", "min"), "target_aggregation", "must be 'mean' or 'min'")
         self._require(

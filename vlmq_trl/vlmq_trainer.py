@@ -180,11 +180,18 @@ class VLMQTrainer(SFTTrainer):
                 "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
                 "data has `behavior_logprobs`. Choose 'tree_backup', which needs none."
             )
+        own_format = agent_format
         if eval_env is not None:
             made = make_env(eval_env)  # an unknown id or a broken factory shows now, not at the first evaluation
             close_env(made)
+            own_format = agent_format or default_format(made)
             if train_dataset is not None:
-                warn_of_another_format(agent_format or default_format(made), train_dataset)
+                warn_of_another_format(own_format, train_dataset)
+        if args.filter_scope == "action" and own_format is None:
+            raise ValueError(
+                "`filter_scope='action'` needs to know where a response comes to its action: give `agent_format`, or "
+                "an environment (`env` or `eval_env`), whose own format is taken."
+            )
         self.eval_env, self.agent_format = eval_env, agent_format
         if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
             raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
@@ -233,7 +240,12 @@ class VLMQTrainer(SFTTrainer):
         finally:
             for name, value in own.items():
                 setattr(args, name, value)
-        self.data_collator = VLMQDataCollator(self.processing_class, args.max_length, args.pad_to_multiple_of)
+        self.data_collator = VLMQDataCollator(
+            self.processing_class,
+            args.max_length,
+            args.pad_to_multiple_of,
+            action_format=own_format if args.filter_scope == "action" else None,
+        )
 
         # `compute_loss` divides by the number of tokens in all micro-batches, whatever the model's own loss would do.
         self.model_accepts_loss_kwargs = True
@@ -489,7 +501,8 @@ class VLMQTrainer(SFTTrainer):
     ) -> Any:
         """sum_t f_t * (-log pi(a_t|s_t)) / action tokens + critic_coef * critic loss (design: `docs/algorithm.md`)."""
         args, mode = self.args, "train" if self.model.training else "eval"
-        turns = {k: inputs[k] for k in inputs if k.startswith(("turn_", "segment_")) or k == "behavior_log_probs"}
+        own = ("behavior_log_probs", "action_mask")
+        turns = {k: inputs[k] for k in inputs if k.startswith(("turn_", "segment_")) or k in own}
         model_inputs = {k: v for k, v in inputs.items() if k not in turns}
         output: ValueHeadOutput = model(**model_inputs, with_critic=self._with_critic)
 
@@ -509,6 +522,8 @@ class VLMQTrainer(SFTTrainer):
                     temperature=args.filter_temperature,
                     max_weight=args.filter_max_weight,
                 )
+                if "action_mask" in turns:
+                    weights = torch.where(turns["action_mask"], weights, torch.ones_like(weights))
         policy = losses.policy_loss(output.log_probs, weights, num_tokens)
         critic = sum(parts.values(), torch.zeros_like(policy)) / num_tokens
         loss = policy + args.critic_coef * critic if self._with_critic else policy
