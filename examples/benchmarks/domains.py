@@ -51,17 +51,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "env_options": ["max_turns=12", "data=own"],
             "policy": "flawed:0.5",
             "episodes": 1000,
-            "off_policy_trace": "tree_backup",
-            "turn_lambda": 0.95,
-            "filter": "exp",
-            "max_steps": 400,
-            "lr_scheduler_type": "cosine",
+            # The limit is how an episode fails, and what an action is worth shows at the episode's end alone.
+            "bootstrap_truncated": False,
+            "segment_length": 12,
+            "token_lambda": 1.0,
+            "turn_lambda": 1.0,
+            # The readings are right; the actions are what is flawed.
+            "filter_scope": "action",
+            "max_steps": 1200,
             "eval_steps": 200,
             "eval_episodes": 100,
             "max_completion_length": 96,
             "test_episodes": 300,
         },
-        "methods": {"vlmq_scalar": {"filter_temperature": 0.1}},
+        "methods": {},
     },
 }
 COMPARED = ("sft", "filtered_bc", "vlmq_scalar")
