@@ -50,6 +50,7 @@ LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack"
 OTHER_LESSON_STEPS = 800
 # Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
 WORDY = ("vlmq_trl/ALFWorld", "vlmq_trl/MiniWoB")
+WORDY_CORPUS_STATES = 2048  # for the tokenizer: rare words are in few states
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them; in ALFWorld it asks for help and inventories, whose texts hide where it is.
 EVERYONE = ("expert", "flawed", "random")
@@ -311,7 +312,7 @@ def _corpus(games: list[str]) -> list[str]:
     """Prompts and responses of every game and format, for the tokenizer."""
     texts = []
     for game in games:
-        count = 64 if game in GAMES else 2048 if game.startswith(WORDY) else 512  # rare words are in few states
+        count = 64 if game in GAMES else WORDY_CORPUS_STATES if game.startswith(WORDY) else 512
         for row in _states(game, count, seed=0):
             texts += [row["prompt"], row["reading"], f'{row["reading"]}+"}}']
     return texts
