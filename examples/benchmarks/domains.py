@@ -56,7 +56,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "segment_length": 12,
             "token_lambda": 1.0,
             "turn_lambda": 1.0,
-            # The readings are right; the actions are what is flawed.
+            # The readings are right; the actions are what is flawed. A binary filter would drop most of their tokens.
+            "filter": "exp",
+            "filter_temperature": 0.1,
             "filter_scope": "action",
             "max_steps": 1200,
             "eval_steps": 200,
