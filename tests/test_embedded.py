@@ -57,7 +57,7 @@ def wordy_processor():
     recipe = EmbeddedRecipe(games=("vlmq_trl/ALFWorld-Look-v0",))
     assert (recipe.vocab_size, SMALL.vocab_size) == (2048, 512)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded, "WORDY_CORPUS_STATES", 512)  # enough here, and four times as fast
+        patch.setattr(embedded, "ALFWORLD_CORPUS_STATES", 512)  # enough here, and four times as fast
         return embedded.build_processor(recipe)
 
 

@@ -46,19 +46,19 @@ from .envs.demonstrators import make_demonstrator
 
 GAMES = ("NumberLine", "EZPoints", "Points24", "Blackjack")
 # Optimiser steps that each game's reading takes, found by looking at the accuracy on fresh states.
-LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800, "vlmq_trl/ALFWorld": 2000}
+ALFWORLD = "vlmq_trl/ALFWorld"
+LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800, ALFWORLD: 2000}
 OTHER_LESSON_STEPS = 800
 # Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
-WORDY = ("vlmq_trl/ALFWorld", "vlmq_trl/MiniWoB")
-WORDY_CORPUS_STATES = 2048  # for the tokenizer: rare words are in few states
+WORDY = (ALFWORLD, "vlmq_trl/MiniWoB")
+ALFWORLD_CORPUS_STATES = 2048  # for the tokenizer: rare words are in few states
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them; in ALFWorld it asks for help and inventories, whose texts hide where it is.
 EVERYONE = ("expert", "flawed", "random")
 PURPOSEFUL = ("expert", "flawed")
-PURPOSEFUL_GAMES = ("Points24", "vlmq_trl/ALFWorld")
-# Whose thoughts follow from the reading alone, by looking up a name in it. A model learns that late from whole
+PURPOSEFUL_GAMES = ("Points24", ALFWORLD)
+# ALFWorld's thoughts follow from the reading alone, by looking up a name in it. A model learns that late from whole
 # lessons, and soon from readings without prompt and picture: these drills come first, and go along with the lessons.
-DRILLED = "vlmq_trl/ALFWorld"
 DRILL_STEPS, DRILL_ROWS, DRILL_WEIGHT = 1000, 96, 0.2
 EXAM_STATES = 300
 EXTRA_COURSES = 2  # at most, for a model that does not read well enough after the first
@@ -87,9 +87,9 @@ class EmbeddedRecipe:
         seed: of the weights, of the training states and of their order.
         steps: optimiser steps of the reading lessons; None takes the sum of the games' `LESSON_STEPS`, and for any
             other environment `OTHER_LESSON_STEPS`.
-        batch_size: rows a step, of one game after the other; None takes 32 for ALFWorld and MiniWoB, whose rows are
-            long, and 48 otherwise.
-        learning_rate: peak of a one-cycle cosine schedule; None takes 1.5e-3 for ALFWorld and MiniWoB, 2e-3 otherwise.
+        batch_size: rows a step, of one game after the other; None takes 32 for ALFWorld, whose rows are long, and 48
+            otherwise.
+        learning_rate: peak of a one-cycle cosine schedule; None takes 1.5e-3 for ALFWorld and 2e-3 otherwise.
         states: training states of each game; None takes 12,000 for Points24, 24,000 for ALFWorld, where states differ
             most, and 6,000 otherwise.
         required_accuracy: share of fresh states of each game whose whole reading must be right; None takes 0.75 for
@@ -99,8 +99,7 @@ class EmbeddedRecipe:
             one of the 7 x 7 cells, and 128 otherwise.
         scale_factor: patches to an image token, along each side; None takes 1 for Points24, whose formula is written
             small, and for BabyAI's cells, and 2 otherwise.
-        layers: of the language model; None takes 4 for ALFWorld and MiniWoB, where much is to be looked up, and 3
-            otherwise.
+        layers: of the language model; None takes 4 for ALFWorld, where much is to be looked up, and 3 otherwise.
         vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
             otherwise.
     """
@@ -128,15 +127,15 @@ class EmbeddedRecipe:
             raise ValueError(f"`games` must name some of {GAMES}, or registered environments, got {self.games}.")
         points24 = "Points24" in self.games
         babyai = all(game.startswith("vlmq_trl/BabyAI-") for game in self.games)
-        alfworld = any(game.startswith("vlmq_trl/ALFWorld") for game in self.games)
+        alfworld = any(game.startswith(ALFWORLD) for game in self.games)
         defaults = {
             "image_size": 112 if babyai else 128,
             "scale_factor": 1 if points24 or babyai else 2,
             "states": 24_000 if alfworld else 12_000 if points24 else 6_000,
             "required_accuracy": 0.75 if alfworld else 0.95,
-            "batch_size": 32 if self.wordy else 48,
-            "learning_rate": 1.5e-3 if self.wordy else 2e-3,
-            "layers": 4 if self.wordy else 3,
+            "batch_size": 32 if alfworld else 48,
+            "learning_rate": 1.5e-3 if alfworld else 2e-3,
+            "layers": 4 if alfworld else 3,
             "vocab_size": 2048 if self.wordy else 512,
         }
         for name, value in defaults.items():
@@ -312,7 +311,7 @@ def _corpus(games: list[str]) -> list[str]:
     """Prompts and responses of every game and format, for the tokenizer."""
     texts = []
     for game in games:
-        count = 64 if game in GAMES else WORDY_CORPUS_STATES if game.startswith(WORDY) else 512
+        count = 64 if game in GAMES else ALFWORLD_CORPUS_STATES if game.startswith(ALFWORLD) else 512
         for row in _states(game, count, seed=0):
             texts += [row["prompt"], row["reading"], f'{row["reading"]}+"}}']
     return texts
@@ -436,7 +435,7 @@ class _Lesson:
     def _exchanged(self, tokens: list[int], named: list[int], rng: np.random.Generator) -> list[int]:
         """`tokens` with the names that are in `named` exchanged for others, and digits for digits."""
         ids = np.array(tokens)
-        new = np.arange(max(int(part.max()) for part in (ids, self.names, self.digits)) + 1)
+        new = np.arange(max(*tokens, *self.names.flat, *self.digits) + 1)
         known = np.isin(self.names, named).any(0)
         new[self.names[:, known]] = rng.permutation(self.names, axis=1)[:, known]
         new[self.digits] = rng.permutation(self.digits)
@@ -455,14 +454,17 @@ class _Lesson:
             for t in range(start, len(tokens)):
                 if tokens[t] not in names or names[tokens[t]] in known:
                     asked[t] = tokens[t]
+        return {k: v.to(device) for k, v in self._padded(ids, labels).items()}
+
+    def _padded(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, torch.Tensor]:
+        """[B, T] right-padded ids, mask and labels (-100 on padding)."""
         width = max(map(len, ids))
         lengths = torch.tensor([len(row) for row in ids])
-        batch = {
+        return {
             "input_ids": torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in ids]),
             "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
             "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
         }
-        return {k: v.to(device) for k, v in batch.items()}
 
     def batch(
         self, rows: np.ndarray, device: torch.device, renaming: np.random.Generator | None = None
@@ -476,20 +478,10 @@ class _Lesson:
         if renaming is not None and self.names.size:
             exchanged = renaming.random(len(rows)) < 0.5
             ids = [self.renamed(int(rows[k]), renaming) if exchanged[k] else own for k, own in enumerate(ids)]
-        width = max(map(len, ids))
-        input_ids = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in ids])
-        lengths = torch.tensor([len(row) for row in ids])
-        attention_mask = (torch.arange(width) < lengths[:, None]).long()
-        prompts = torch.tensor([len(self.prompt_ids[i]) for i in rows])
-        in_prompt = torch.arange(width) < prompts[:, None]
-        labels = input_ids.masked_fill((attention_mask == 0) | in_prompt, -100)
-        pixel_values = self.pixels[torch.as_tensor(rows)].float().div(127.5).sub(1)[:, None]
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "pixel_values": pixel_values,
-        }
+        prompts = [len(self.prompt_ids[i]) for i in rows]
+        labels = [[-100] * prompt + row[prompt:] for prompt, row in zip(prompts, ids, strict=True)]
+        batch = self._padded(ids, labels)
+        batch["pixel_values"] = self.pixels[torch.as_tensor(rows)].float().div(127.5).sub(1)[:, None]
         return {k: v.to(device) for k, v in batch.items()}
 
 
@@ -550,7 +542,7 @@ def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: i
     steps = recipe.num_steps if course == 0 else -(-recipe.num_steps // 2)
     peak = recipe.learning_rate if course == 0 else recipe.learning_rate / 2
     for lesson in lessons if course == 0 else []:
-        if lesson.game.startswith(DRILLED):
+        if lesson.game.startswith(ALFWORLD):
             _drill(model, lesson, recipe, progress)
     optimizer = _optimizer(model, peak)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -566,7 +558,7 @@ def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: i
         rows = lesson.draw(rng, recipe.batch_size, alike=recipe.wordy)
         loss = model(**lesson.batch(rows, model.device, rng if recipe.wordy else None)).loss
         total = loss
-        if lesson.game.startswith(DRILLED):
+        if lesson.game.startswith(ALFWORLD):
             total = loss + DRILL_WEIGHT * model(**lesson.drill(rng, recipe.batch_size, model.device)).loss
         _update(model, optimizer, scheduler, total)
         if step % 10 == 0:
