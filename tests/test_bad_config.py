@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, config, number_line, text_number_line
+from vlmq_trl import VLMAgent
 from vlmq_trl.trajectory import TrajectoryError
 from vlmq_trl.vlmq_config import VLMQConfig
 from vlmq_trl.vlmq_trainer import VLMQTrainer
@@ -255,6 +256,19 @@ def test_broken_trainer(case, tmp_path):
     kwargs, error, message = BROKEN_TRAINERS[case]
     with pytest.raises(error, match=f"(?s){message}"):
         build(tmp_path, **kwargs())
+
+
+@pytest.mark.parametrize("name", ["idefics3", "llama"])
+def test_no_chat_template(name, tmp_path):
+    model, processor = tiny_models.build(name)
+    template, processor.chat_template = processor.chat_template, None
+    with pytest.raises(ValueError, match="has no chat template, by which turns become text"):
+        build(tmp_path, name=name, init={"processing_class": processor})
+    with pytest.raises(ValueError, match="has no chat template"):
+        VLMAgent(model, processor)
+    (tmp_path / "chatml.jinja").write_text(template)
+    options = {"chat_template_path": str(tmp_path / "chatml.jinja"), "max_steps": 1}
+    build(tmp_path, name=name, init={"processing_class": processor}, **options).train()
 
 
 def test_a_row_too_long(tmp_path):

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from tests import tiny_models
 from vlmq_trl import make_format
+from vlmq_trl.chat import completion_tokens, turn_processor
 from vlmq_trl.collator import SegmentDataset, SegmentSampler, VLMQDataCollator
-from vlmq_trl.policy import completion_tokens
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
 
 lengths_of_episodes = st.lists(st.integers(1, 12), min_size=1, max_size=8)
@@ -318,7 +319,7 @@ def generation_ids(processor, state):
     ]
     text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     kwargs = {"images": [state["images"]]} if state["images"] else {}
-    inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **kwargs)
+    inputs = turn_processor(processor)(text=[text], return_tensors="pt", add_special_tokens=False, **kwargs)
     return inputs["input_ids"][0]
 
 
@@ -328,7 +329,7 @@ def test_turn_rows_are_those_of_stock_trl(name):
     data = segments(name, [(3, "terminated"), (1, "terminated")])
     batch = VLMQDataCollator(processor)(data.__getitems__([0, 1, 2, 3]))
     rows = [{k: data.dataset[r][k] for k in ("prompt", "images", "completion")} for r in range(4)]
-    stock = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(rows)
+    stock = DataCollatorForVisionLanguageModeling(turn_processor(processor), completion_only_loss=True)(rows)
     # No segment needs a bootstrap row, so the batches are equal, picture tensors included.
     assert set(stock) <= set(batch) and "pixel_values" in stock
     for k, v in stock.items():
@@ -338,13 +339,35 @@ def test_turn_rows_are_those_of_stock_trl(name):
     assert len(set(lengths.tolist())) > 1
 
 
+def test_paligemmas_rows_are_those_of_its_own_processor():
+    """Which makes them, labels and `token_type_ids` too, of a prompt and a suffix."""
+    _, processor = tiny_models.build("paligemma")
+    data = segments("paligemma", [(3, "terminated"), (1, "terminated")])
+    batch = VLMQDataCollator(processor)(data.__getitems__([0, 1, 2, 3]))
+    for row in range(4):
+        turn = data.dataset[row]
+        prompt = [{"role": m["role"], "content": m["content"]} for m in turn["prompt"]]
+        text = processor.apply_chat_template(
+            prepare_multimodal_messages(prompt, images=turn["images"]), add_generation_prompt=True, tokenize=False
+        )
+        own = processor(images=[turn["images"]], text=[text], suffix=[ANSWERS[row]], return_tensors="pt")
+        kept = batch["attention_mask"][row].bool()
+        for name in ("input_ids", "token_type_ids", "labels"):
+            assert torch.equal(batch[name][row][kept], own[name][0]), name
+        assert torch.equal(batch["pixel_values"][row], own["pixel_values"][0])
+    item = data[0] | {"images": []}
+    item["prompt"] = [{"role": "user", "content": "what now?"}]
+    with pytest.raises(ValueError, match="Row 1 of this batch has no picture, and PaliGemma's processor takes no"):
+        VLMQDataCollator(processor)([data[0], item])
+
+
 @pytest.mark.parametrize("name", tiny_models.VLM_NAMES)
 def test_bootstrap_rows_leave_the_turn_rows(name):
     _, processor = tiny_models.build(name)
     data = segments(name, ENDINGS)
     items = data.__getitems__([0, 1, 3, 4])
     batch = VLMQDataCollator(processor)(items)
-    stock = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(
+    stock = DataCollatorForVisionLanguageModeling(turn_processor(processor), completion_only_loss=True)(
         [{k: data.dataset[r][k] for k in ("prompt", "images", "completion")} for r in (0, 1, 3, 4)]
     )
     assert batch["input_ids"].shape[0] == 6

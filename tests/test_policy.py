@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE
 from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
+from vlmq_trl.chat import stop_token_ids
 from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
-from vlmq_trl.policy import ActionLogits, ModelPolicy, evaluate_model, stop_token_ids
+from vlmq_trl.policy import ActionLogits, ModelPolicy, evaluate_model
 from vlmq_trl.rollout import Request, Response
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from tests import tiny_models
+from vlmq_trl.chat import turn_processor
 
 
 @pytest.mark.parametrize("name", tiny_models.BUILDERS)
@@ -30,7 +31,7 @@ def test_generates_and_trains(name):
     kwargs = {"text": prompts, "return_tensors": "pt", "padding": True, "padding_side": "left"}
     if images:
         kwargs["images"] = images
-    inputs = processor(**kwargs, add_special_tokens=False)
+    inputs = turn_processor(processor)(**kwargs, add_special_tokens=False)
     assert tokenizer.convert_tokens_to_ids(tiny_models.END) == tokenizer.eos_token_id == tiny_models.END_ID
     generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert generated.shape[0] == 2 and generated.shape[1] <= inputs["input_ids"].shape[1] + 3

@@ -78,7 +78,7 @@ def test_scores_and_gradients_are_those_without_it(family, lora):
     assert (model.vision_cache.misses, model.vision_cache.hits) == (3, 3)
 
 
-@pytest.mark.parametrize("family", tiny_models.VLM_NAMES)
+@pytest.mark.parametrize("family", [name for name in tiny_models.VLM_NAMES if name != "paligemma"])
 def test_turns_of_a_batch_may_show_different_numbers_of_pictures(family):
     model, processor = tiny_models.build(family)
     model = ValueHeadModel(freeze(model))

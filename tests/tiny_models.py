@@ -8,8 +8,12 @@ so that a completion ends with its end token `<|im_end|>`.
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers as tf
@@ -146,6 +150,40 @@ def llava_onevision() -> tuple[Any, Any]:
     return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+def pixtral() -> tuple[Any, Any]:
+    """20 image tokens, 4 of them for the ends of rows."""
+    processor, config = _pixtral(merge=1)
+    config = tf.LlavaConfig(vision_feature_layer=-1, vision_feature_select_strategy="full", **config)
+    return tf.LlavaForConditionalGeneration(config), processor
+
+
+def mistral3() -> tuple[Any, Any]:
+    """6 image tokens, 2 of them for the ends of rows."""
+    processor, config = _pixtral(merge=2)
+    config = tf.Mistral3Config(spatial_merge_size=2, tie_word_embeddings=False, **config)
+    return tf.Mistral3ForConditionalGeneration(config), processor
+
+
+def _pixtral(merge: int) -> tuple[Any, dict[str, Any]]:
+    """Processor, and the model's configuration as far as the two share it."""
+    tokenizer = make_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    images = tf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
+    # All that its module wants of torchvision is a function which PIL's module has as well.
+    package = "transformers.models.pixtral"
+    pil = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    with mock.patch.dict(sys.modules, {f"{package}.image_processing_pixtral": pil}):
+        processor_class = importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    processor = processor_class(
+        images, tokenizer, patch_size=16, spatial_merge_size=merge, chat_template=chat_template("[IMG]")
+    )
+    config = {
+        "vision_config": {"model_type": "pixtral", **VISION},
+        "text_config": {"model_type": "mistral", "vocab_size": len(tokenizer), "head_dim": 40, **TEXT},
+        "image_token_index": processor.image_token_id,
+    }
+    return processor, config
+
+
 def internvl() -> tuple[Any, Any]:
     """4 image tokens."""
     named = {
@@ -169,13 +207,21 @@ def internvl() -> tuple[Any, Any]:
 
 
 def image_only(processor_class: Any) -> Any:
-    """The processor class without its video part, which needs torchvision."""
+    """The processor class without its video part, which needs torchvision, and without an audio part."""
+    parameters = inspect.signature(processor_class.__init__).parameters
+    others = {name: None for name in ("video_processor", "feature_extractor") if name in parameters}
 
-    class ImageOnly(processor_class):
+    class Present(tf.ProcessorMixin):
+        def __init__(self, *parts, **kwargs):
+            parts = [part for part in parts if part is not None]
+            super().__init__(*parts, **{name: part for name, part in kwargs.items() if part is not None})
+
+    class ImageOnly(processor_class, Present):
         apply_chat_template = tf.ProcessorMixin.apply_chat_template
 
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+            parts = {"image_processor": image_processor, "tokenizer": tokenizer, **others}
+            super().__init__(**parts, chat_template=chat_template, **kwargs)
 
     ImageOnly.__name__ = ImageOnly.__qualname__ = f"ImageOnly{processor_class.__name__}"
     return ImageOnly
@@ -262,6 +308,35 @@ def qwen3_vl() -> tuple[Any, Any]:
     return tf.Qwen3VLForConditionalGeneration(config), processor
 
 
+def qwen3_5() -> tuple[Any, Any]:
+    """Between 4 and 12 image tokens, one layer of linear and one of full attention."""
+    tokenizer, ids = _qwen_tokens()
+    images = tf.Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 112 * 112}
+    )
+    processor = image_only(tf.Qwen3VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    vision = {
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "patch_size": 16,
+        "out_hidden_size": TEXT["hidden_size"],
+        "num_position_embeddings": 64,
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 6, 6], "mrope_interleaved": True}
+    linear = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    text = dict(vocab_size=len(tokenizer), head_dim=40, rope_parameters=rope, **linear, **TEXT)
+    config = tf.Qwen3_5Config(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+    return tf.Qwen3_5ForConditionalGeneration(config), processor
+
+
 def gemma3() -> tuple[Any, Any]:
     """4 image tokens, one sliding-window and one full layer."""
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
@@ -293,6 +368,72 @@ def gemma3() -> tuple[Any, Any]:
     return model, processor
 
 
+def gemma4() -> tuple[Any, Any]:
+    """64 image tokens, one sliding-window and one full layer, embeddings for each layer."""
+    named = {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+        "audio_token": "<|audio|>",
+    }
+    tokenizer = make_tokenizer(*named.values(), "<|video|>", **named)
+    # As small as the class allows.
+    images = tf.Gemma4ImageProcessorPil(max_soft_tokens=70, patch_size=16, pooling_kernel_size=2)
+    processor_class = image_only(tf.Gemma4Processor)
+    processor = processor_class(images, tokenizer, chat_template=chat_template("<|image|>"))
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "patch_size": 16,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    }
+    text = dict(
+        vocab_size=len(tokenizer),
+        vocab_size_per_layer_input=len(tokenizer),
+        hidden_size_per_layer_input=16,
+        head_dim=40,
+        global_head_dim=40,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        **TEXT,
+    )
+    config = tf.Gemma4Config(
+        vision_config=vision,
+        text_config=text,
+        audio_config=None,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        **ids,
+    )
+    return tf.Gemma4ForConditionalGeneration(config), processor
+
+
+def paligemma() -> tuple[Any, Any]:
+    """16 image tokens; a prompt is read in both directions."""
+    tokenizer = make_tokenizer("<image>", image_token="<image>")
+    processor = tf.PaliGemmaProcessor(
+        tf.SiglipImageProcessorPil(size={"height": 64, "width": 64}, image_seq_length=16),
+        tokenizer,
+        chat_template=chat_template("<image>"),
+    )
+    config = tf.PaliGemmaConfig(
+        vision_config=dict(
+            model_type="siglip_vision_model", vision_use_head=False, projection_dim=TEXT["hidden_size"], **VISION
+        ),
+        text_config=dict(model_type="gemma", vocab_size=len(tokenizer), head_dim=40, **TEXT),
+        image_token_index=processor.image_token_id,
+        projection_dim=TEXT["hidden_size"],
+    )
+    return tf.PaliGemmaForConditionalGeneration(config), processor
+
+
 def _text_only(model_class: Any, config_class: Any, **kwargs: Any) -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = chat_template()
@@ -317,8 +458,13 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
     "internvl": internvl,
     "gemma3": gemma3,
+    "gemma4": gemma4,
+    "paligemma": paligemma,
+    "pixtral": pixtral,
+    "mistral3": mistral3,
     "llama": llama,
     "qwen3": qwen3,
 }
@@ -330,8 +476,13 @@ VLM_NAMES = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "qwen3_5",
     "internvl",
     "gemma3",
+    "gemma4",
+    "paligemma",
+    "pixtral",
+    "mistral3",
 )
 TEXT_NAMES = ("llama", "qwen3")
 

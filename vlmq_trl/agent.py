@@ -29,6 +29,7 @@ from .agent_format import (
     make_format,
     prompt_of,
 )
+from .chat import check_chat_template
 from .collator import VLMQDataCollator
 from .critic import Critic
 from .env_pool import close_env
@@ -107,6 +108,9 @@ class VLMAgent:
         env: what it was trained in; `play`'s default.
         temperature: of its answers; 0 is greedy.
         max_completion_length: longest response in tokens.
+
+    Raises:
+        ValueError: `processing_class` has no chat template.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class VLMAgent:
         temperature: float = 0.0,
         max_completion_length: int = 256,
     ):
+        check_chat_template(processing_class)
         self.model, self.processing_class = model.eval(), processing_class
         self.agent_format, self.env = agent_format, env
         self.temperature, self.max_completion_length = temperature, max_completion_length

@@ -3,7 +3,6 @@
 
 `SegmentSampler` orders the rows so that each segment's turns are neighbours, `SegmentDataset` reads a batch of rows
 and sees which of them follow one another, `VLMQDataCollator` turns them into tensors through TRL's own collator.
-`chat_text` renders a turn as play does.
 
 A batch of `per_device_train_batch_size` turns is R rows with a completion, then one completion-free row for each
 segment that needs a bootstrap state. A batch boundary may cut a segment: its halves simply become two segments.
@@ -24,10 +23,11 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from .agent_format import AgentFormat
+from .chat import chat_text, turn_processor
 from .trajectory import EpisodeIndex, flatten_content
 
 TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
@@ -185,40 +185,6 @@ def segment_items(
     return items
 
 
-def chat_text(
-    example: dict[str, list[dict[str, Any]]], processing_class: ProcessorMixin | PreTrainedTokenizerBase
-) -> dict[str, str]:
-    """TRL's `apply_chat_template`, but that the `prompt` of a turn is what play generates from.
-
-    The two differ where the generation prompt ends with text that the template leaves out of an answered turn, such as
-    `<think>`, and that TRL cuts off. There the completion is its bare text, and what ends a turn.
-
-    Args:
-        example: `prompt`, and the `completion` of a turn: one message.
-    """
-    rendered = apply_chat_template(example, processing_class)
-    if "completion" not in example:
-        return rendered
-    prompt = apply_chat_template({"prompt": example["prompt"]}, processing_class)["prompt"]
-    if rendered["prompt"] == prompt:
-        return rendered
-    content = example["completion"][0]["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return {"prompt": prompt, "completion": text + turn_ending(processing_class)}
-
-
-def turn_ending(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> str:
-    """What the chat template puts after an assistant's text."""
-    multimodal = isinstance(processing_class, ProcessorMixin)
-    marker = "answer"
-
-    def message(role: str, text: str) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
-
-    example = {"prompt": [message("user", "question")], "completion": [message("assistant", marker)]}
-    return apply_chat_template(example, processing_class)["completion"].rpartition(marker)[2]
-
-
 @dataclass
 class VLMQDataCollator:
     """Items of `SegmentDataset` -> one batch.
@@ -315,7 +281,7 @@ class VLMQDataCollator:
     def _tokenize(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if isinstance(self.processing_class, ProcessorMixin):
             collate = DataCollatorForVisionLanguageModeling(
-                self.processing_class, max_length=None, completion_only_loss=True
+                turn_processor(self.processing_class), max_length=None, completion_only_loss=True
             )
             return dict(collate(rows))
         examples = []

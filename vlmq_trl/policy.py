@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
 
-Contents: `stop_token_ids`, `render`, `completion_tokens`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`,
-`TokenLogProbs`, `evaluate_model`.
+Contents: `render`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`, `TokenLogProbs`, `evaluate_model`.
 """
 
 from hashlib import sha256
@@ -22,27 +21,11 @@ from transformers import (
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .agent_format import AgentFormat
-from .collator import chat_text, turn_ending
+from .chat import completion_tokens, stop_token_ids, turn_processor
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
 from .trajectory import flatten_content
-
-
-def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Every token that ends an assistant's turn: the generation config's, the tokenizer's, the chat template's own.
-
-    The template's is read off a rendered turn: many families close an assistant message with a token
-    (`<end_of_utterance>`, `<|im_end|>`) that is not their `eos_token`.
-    """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    configured = getattr(generation_config, "eos_token_id", None)
-    ids = set(configured if isinstance(configured, list) else [configured])
-    ids.add(tokenizer.eos_token_id)
-    ending = tokenizer(turn_ending(processing_class), add_special_tokens=False)["input_ids"]
-    if ending and ending[0] in tokenizer.all_special_ids:
-        ids.add(ending[0])
-    return sorted(ids - {None})
 
 
 def render(
@@ -53,22 +36,6 @@ def render(
     if not isinstance(processing_class, ProcessorMixin):
         prompt = flatten_content(prompt)
     return apply_chat_template({"prompt": prompt}, processing_class)["prompt"], list(request.images)
-
-
-def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase, response: str) -> list[int]:
-    """The tokens of a response as training sees it, by the chat template, its end token included."""
-    multimodal = isinstance(processing_class, ProcessorMixin)
-
-    def content(text: str) -> Any:
-        return [{"type": "text", "text": text}] if multimodal else text
-
-    example = {
-        "prompt": [{"role": "user", "content": content("")}],
-        "completion": [{"role": "assistant", "content": content(response)}],
-    }
-    completion = chat_text(example, processing_class)["completion"]
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
 
 
 class OwnGenerationConfig(GenerationConfig):
@@ -167,7 +134,7 @@ class ModelPolicy:
     def _generate(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
         images = [images for _, images, _ in rows]
         kwargs = {"images": images} if any(images) else {}
-        inputs = self.processing_class(
+        inputs = turn_processor(self.processing_class)(
             text=[text for text, _, _ in rows],
             padding=True,
             padding_side="left",

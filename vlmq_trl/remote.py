@@ -32,7 +32,7 @@ import PIL.Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from .policy import completion_tokens
+from .chat import completion_tokens
 from .rollout import Request, Response
 
 logger = logging.getLogger(__name__)

@@ -49,6 +49,7 @@ from . import losses
 from .agent import CARD_NAME, agent_card
 from .agent_format import AgentFormat, check_format, default_format, warn_of_another_format
 from .callbacks import EnvEvaluationCallback
+from .chat import check_chat_template
 from .checkpoints import TRAINING_STATE, load_weights, newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
@@ -115,7 +116,8 @@ class VLMQTrainer(SFTTrainer):
 
     Raises:
         TrajectoryError: the data does not follow the contract (names the row and the column).
-        ValueError: the critic saved beside the model does not match `args`; neither data nor environment.
+        ValueError: the critic saved beside the model does not match `args`; neither data nor environment; no chat
+            template.
 
     `train` raises, after it has saved a checkpoint: EnvFailureError, when environments fail too often in a row;
     FloatingPointError, when the loss is not finite.
@@ -240,6 +242,7 @@ class VLMQTrainer(SFTTrainer):
         finally:
             for name, value in own.items():
                 setattr(args, name, value)
+        check_chat_template(self.processing_class)
         self.data_collator = VLMQDataCollator(
             self.processing_class,
             args.max_length,

@@ -16,6 +16,7 @@ from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, QUIET, config, number_line, text_number_line
 from vlmq_trl import modeling, objective
 from vlmq_trl.agent_format import CallableFormat, PlainFormat
+from vlmq_trl.chat import turn_processor
 from vlmq_trl.collator import SegmentSampler
 from vlmq_trl.trajectory import validate_trajectories
 from vlmq_trl.vlmq_trainer import VLMQTrainer
@@ -99,6 +100,8 @@ def test_without_critic_it_is_stock_sft(name, tmp_path):
     """
     ours = make_trainer(tmp_path, name, filter="none", critic_coef=0)
     stock = make_stock(tmp_path, name)
+    if name == "paligemma":  # stock SFT fails at its completions
+        stock.data_collator.processor = turn_processor(stock.processing_class)
     rows = [0, 1, 2, 7, 5, 11]
     batch, stock_batch = rows_batch(ours, rows), stock.data_collator([stock.train_dataset[row] for row in rows])
     for key in stock_batch:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A turn as text and tokens, alike in play and in training: the chat template, its endings, the families' processors.
+
+Contents: `check_chat_template`, `chat_text`, `turn_ending`, `stop_token_ids`, `completion_tokens`, `turn_processor`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PaliGemmaProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import apply_chat_template
+
+
+def check_chat_template(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Raises:
+    ValueError: there is no chat template, as with models that are only pretrained.
+    """
+    if getattr(processing_class, "chat_template", "the class renders without") is None:
+        raise ValueError(
+            f"{type(processing_class).__name__} has no chat template, by which turns become text. Models that are "
+            "only pretrained (PaliGemma among them) come without: take an instruction-tuned one, set "
+            "`processing_class.chat_template`, or give a `.jinja` file in `VLMQConfig(chat_template_path=...)`."
+        )
+
+
+def chat_text(
+    example: dict[str, list[dict[str, Any]]], processing_class: ProcessorMixin | PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """TRL's `apply_chat_template`, but that the `prompt` of a turn is what play generates from.
+
+    The two differ where the generation prompt ends with text that the template leaves out of an answered turn, such as
+    `<think>`, and that TRL cuts off. There the completion is its bare text, and what ends a turn.
+
+    Args:
+        example: `prompt`, and the `completion` of a turn: one message.
+    """
+    rendered = apply_chat_template(example, processing_class)
+    if "completion" not in example:
+        return rendered
+    prompt = apply_chat_template({"prompt": example["prompt"]}, processing_class)["prompt"]
+    if rendered["prompt"] == prompt:
+        return rendered
+    content = example["completion"][0]["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return {"prompt": prompt, "completion": text + turn_ending(processing_class)}
+
+
+def turn_ending(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> str:
+    """What the chat template puts after an assistant's text."""
+    marker = "answer"
+    example = {
+        "prompt": [_message(processing_class, "user", "question")],
+        "completion": [_message(processing_class, "assistant", marker)],
+    }
+    return apply_chat_template(example, processing_class)["completion"].rpartition(marker)[2]
+
+
+def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
+    """Every token that ends an assistant's turn: the generation config's, the tokenizer's, the chat template's own.
+
+    The template's is read off a rendered turn: many families close an assistant message with a token
+    (`<end_of_utterance>`, `<|im_end|>`) that is not their `eos_token`.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids.add(tokenizer.eos_token_id)
+    ending = tokenizer(turn_ending(processing_class), add_special_tokens=False)["input_ids"]
+    if ending and ending[0] in tokenizer.all_special_ids:
+        ids.add(ending[0])
+    return sorted(ids - {None})
+
+
+def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase, response: str) -> list[int]:
+    """The tokens of a response as training sees it, by the chat template, its end token included."""
+    example = {
+        "prompt": [_message(processing_class, "user", "")],
+        "completion": [_message(processing_class, "assistant", response)],
+    }
+    completion = chat_text(example, processing_class)["completion"]
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+
+
+def _message(processing_class: ProcessorMixin | PreTrainedTokenizerBase, role: str, text: str) -> dict[str, Any]:
+    multimodal = isinstance(processing_class, ProcessorMixin)
+    return {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
+
+
+def turn_processor(processing_class: Any) -> Any:
+    """What takes a processor's place where turns become tensors: itself, for all families but PaliGemma."""
+    return _PaliGemma(processing_class) if isinstance(processing_class, PaliGemmaProcessor) else processing_class
+
+
+class _PaliGemma:
+    """Its processor as TRL's collator and play call it.
+
+    Its own call wants a picture with every text, completions included, and adds labels. Its model attends to a prompt
+    in both directions and to a completion causally: 0 and 1 in `token_type_ids`.
+
+    Raises:
+        ValueError: from a call, if a prompt has no picture.
+    """
+
+    def __init__(self, processor: PaliGemmaProcessor):
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, text: list[str], images: list[list] | None = None, **kwargs: Any) -> BatchFeature:
+        if images is not None:
+            if not all(images):
+                raise ValueError(
+                    f"Row {[len(of_row) for of_row in images].index(0)} of this batch has no picture, and PaliGemma's "
+                    "processor takes no prompt without: give every turn a picture, or use another family."
+                )
+            inputs = self.processor(images=images, text=text, **kwargs)
+            del inputs["labels"]
+            return inputs
+        inputs = self.processor.tokenizer(text, **kwargs)
+        return BatchFeature({**inputs, "token_type_ids": torch.ones_like(inputs["input_ids"])})
