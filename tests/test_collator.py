@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.testing import assert_close
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
@@ -359,6 +360,18 @@ def test_paligemmas_rows_are_those_of_its_own_processor():
     item["prompt"] = [{"role": "user", "content": "what now?"}]
     with pytest.raises(ValueError, match="Row 1 of this batch has no picture, and PaliGemma's processor takes no"):
         VLMQDataCollator(processor)([data[0], item])
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3), (3, 60, 3), (60, 3, 3)])
+def test_a_picture_is_the_same_as_an_array(shape):
+    """At play it is one, in a dataset an image. Three rows are not the channels."""
+    _, processor = tiny_models.build("qwen2_vl")
+    picture = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "colour?"}]}]
+    answer = [{"role": "assistant", "content": "red"}]
+    kinds = [[picture], [Image.fromarray(picture)]]
+    one, other = [VLMQDataCollator(processor).tokenize([(prompt, images, answer)]) for images in kinds]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("name", tiny_models.VLM_NAMES)

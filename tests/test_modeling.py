@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny_models
 from vlmq_trl import modeling
-from vlmq_trl.chat import turn_processor
+from vlmq_trl.chat import pictures, turn_processor
 from vlmq_trl.checkpoints import load_weights
 from vlmq_trl.collator import VLMQDataCollator
 from vlmq_trl.critic import CriticConfig
@@ -1017,7 +1017,7 @@ def test_generates_through_the_wrapper(name, adapted):
     wrapped = wrap(lora(model) if adapted else model, SCALAR)
     prompts = [observe(name, k) for k in range(2)]
     texts = [processor.apply_chat_template(p["prompt"], add_generation_prompt=True, tokenize=False) for p in prompts]
-    kwargs = {"images": [p["images"] for p in prompts]} if prompts[0]["images"] else {}
+    kwargs = {"images": [pictures(p["images"]) for p in prompts]} if prompts[0]["images"] else {}
     inputs = turn_processor(processor)(
         text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False, **kwargs
     )

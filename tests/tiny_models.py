@@ -105,6 +105,28 @@ def _idefics(image_processor: Any, processor_class: Any, config_class: Any, mode
     return model_class(config), processor
 
 
+def idefics2() -> tuple[Any, Any]:
+    """4 image tokens, by a perceiver."""
+    tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>")
+    images = tf.Idefics2ImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 64}, do_image_splitting=False)
+    processor = tf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=chat_template("<image>"))
+    perceiver = {
+        "hidden_size": TEXT["hidden_size"],
+        "resampler_n_latents": 4,
+        "resampler_depth": 1,
+        "resampler_n_heads": 4,
+        "resampler_head_dim": 24,
+        "num_key_value_heads": 2,
+    }
+    config = tf.Idefics2Config(
+        vision_config=VISION,
+        perceiver_config=perceiver,
+        text_config=dict(model_type="mistral", vocab_size=len(tokenizer), **TEXT),
+        image_token_id=processor.image_token_id,
+    )
+    return tf.Idefics2ForConditionalGeneration(config), processor
+
+
 def llava() -> tuple[Any, Any]:
     """SigLIP tower, 16 image tokens."""
     tokenizer = make_tokenizer("<image>")
@@ -125,6 +147,32 @@ def llava() -> tuple[Any, Any]:
         text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
     )
     return tf.LlavaForConditionalGeneration(config), processor
+
+
+def llava_next() -> tuple[Any, Any]:
+    """SigLIP tower, 32 image tokens and one for each newline of the picture's rows: the whole and one tile."""
+    tokenizer = make_tokenizer("<image>")
+    images = tf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_grid_pinpoints=[[64, 64]]
+    )
+    processor = tf.LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=chat_template("<image>"),
+    )
+    config = tf.LlavaNextConfig(
+        vision_config=dict(model_type="siglip_vision_model", vision_use_head=False, **VISION),
+        text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
+        image_token_index=processor.image_token_id,
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[64, 64]],
+    )
+    return tf.LlavaNextForConditionalGeneration(config), processor
 
 
 def llava_onevision() -> tuple[Any, Any]:
@@ -337,6 +385,39 @@ def qwen3_5() -> tuple[Any, Any]:
     return tf.Qwen3_5ForConditionalGeneration(config), processor
 
 
+def glm4v() -> tuple[Any, Any]:
+    """Between 4 and 32 image tokens."""
+    named = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    ends = {
+        "image_start_token": "<|begin_of_image|>",
+        "image_end_token": "<|end_of_image|>",
+        "video_start_token": "<|begin_of_video|>",
+        "video_end_token": "<|end_of_video|>",
+    }
+    tokenizer = make_tokenizer(*named.values(), *ends.values(), **named)
+    images = tf.Glm4vImageProcessorPil(
+        patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 2 * 112 * 112}
+    )
+    template = chat_template("<|begin_of_image|><|image|><|end_of_image|>")
+    processor = image_only(tf.Glm4vProcessor)(images, tokenizer, chat_template=template)
+    vision = {
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "patch_size": 14,
+        "image_size": 112,
+        "out_hidden_size": TEXT["hidden_size"],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 8, 8]}
+    config = tf.Glm4vConfig(
+        vision_config=vision,
+        text_config=dict(vocab_size=len(tokenizer), rope_parameters=rope, **TEXT),
+        **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in {**named, **ends}.items()},
+    )
+    return tf.Glm4vForConditionalGeneration(config), processor
+
+
 def gemma3() -> tuple[Any, Any]:
     """4 image tokens, one sliding-window and one full layer."""
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
@@ -451,15 +532,18 @@ def qwen3() -> tuple[Any, Any]:
 
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "idefics2": idefics2,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "llava": llava,
+    "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_5": qwen3_5,
     "internvl": internvl,
+    "glm4v": glm4v,
     "gemma3": gemma3,
     "gemma4": gemma4,
     "paligemma": paligemma,
@@ -468,23 +552,8 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llama": llama,
     "qwen3": qwen3,
 }
-VLM_NAMES = (
-    "idefics3",
-    "smolvlm",
-    "llava",
-    "llava_onevision",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_5",
-    "internvl",
-    "gemma3",
-    "gemma4",
-    "paligemma",
-    "pixtral",
-    "mistral3",
-)
 TEXT_NAMES = ("llama", "qwen3")
+VLM_NAMES = tuple(name for name in BUILDERS if name not in TEXT_NAMES)
 
 
 def build(name: str, seed: int = 0) -> tuple[Any, Any]:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A turn as text and tokens, alike in play and in training: the chat template, its endings, the families' processors.
 
-Contents: `check_chat_template`, `chat_text`, `turn_ending`, `stop_token_ids`, `completion_tokens`, `turn_processor`.
+Contents: `check_chat_template`, `chat_text`, `turn_ending`, `stop_token_ids`, `completion_tokens`, `pictures`,
+`turn_processor`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import PIL.Image
 import torch
 from transformers import BatchFeature, PaliGemmaProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import apply_chat_template
@@ -85,6 +88,15 @@ def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase
 def _message(processing_class: ProcessorMixin | PreTrainedTokenizerBase, role: str, text: str) -> dict[str, Any]:
     multimodal = isinstance(processing_class, ProcessorMixin)
     return {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
+
+
+def pictures(images: Iterable[Any]) -> list[PIL.Image.Image]:
+    """Images as processors take them: of an array some refuse to tell rows from channels, some refuse it altogether.
+
+    Args:
+        images: PIL images, or uint8 arrays [H, W, 3].
+    """
+    return [image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image) for image in images]
 
 
 def turn_processor(processing_class: Any) -> Any:

@@ -27,7 +27,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from .agent_format import AgentFormat
-from .chat import chat_text, turn_processor
+from .chat import chat_text, pictures, turn_processor
 from .trajectory import EpisodeIndex, flatten_content
 
 TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
@@ -270,7 +270,7 @@ class VLMQDataCollator:
 
     def _render(self, prompt: list[dict], images: list | None, completion: list[dict] | None) -> dict[str, Any]:
         """One row as text and images; a bootstrap row has an empty completion."""
-        images = images or []
+        images = pictures(images or ())
         example = {"prompt": prepare_multimodal_messages(prompt, images=images)}
         if completion is not None:
             example["completion"] = prepare_multimodal_messages(completion)

@@ -21,7 +21,7 @@ from transformers import (
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .agent_format import AgentFormat
-from .chat import completion_tokens, stop_token_ids, turn_processor
+from .chat import completion_tokens, pictures, stop_token_ids, turn_processor
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
@@ -132,7 +132,7 @@ class ModelPolicy:
 
     @torch.no_grad()
     def _generate(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
-        images = [images for _, images, _ in rows]
+        images = [pictures(images) for _, images, _ in rows]
         kwargs = {"images": images} if any(images) else {}
         inputs = turn_processor(self.processing_class)(
             text=[text for text, _, _ in rows],
