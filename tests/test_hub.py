@@ -46,6 +46,7 @@ def uploads(monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "create_branch", lambda self, repo_id, *, branch, exist_ok: None)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, repo_id, filename, **kwargs: False)
     return seen
 
 
@@ -65,6 +66,25 @@ def test_push_to_hub_brings_the_critic(uploads, peft_config):
     stock = "adapter_model.safetensors" if peft_config else "model.safetensors"
     assert CRITIC | {stock} <= upload["files"]
     assert not any(file.endswith(".bin") for file in upload["files"])
+
+
+def test_no_whole_model_beside_an_adapter(uploads, tmp_path, monkeypatch):
+    """It would never be opened."""
+    there = {("me/agent", "adapter_config.json")}
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, repo_id, filename, **kwargs: (repo_id, filename) in there)
+    refused = pytest.raises(ValueError, match="me/agent holds an adapter, and whoever opens it would get that")
+    model, processor = wrapped()
+    with refused:
+        model.push_to_hub("me/agent")
+    options = {"push_to_hub": True, "hub_model_id": "me/agent"}
+    data = text_number_line()
+    with refused:
+        VLMQTrainer(model, config(tmp_path, **options), train_dataset=data, processing_class=processor)
+    assert not uploads
+    adapter, processor = wrapped(LORA)
+    adapter.push_to_hub("me/agent")
+    trainer = VLMQTrainer(adapter, config(tmp_path, **options), train_dataset=data, processing_class=processor)
+    assert trainer.hub_model_id == "me/agent" and len(uploads) == 1
 
 
 def test_other_processes_do_not_push(uploads, tmp_path, monkeypatch):

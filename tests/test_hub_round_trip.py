@@ -158,6 +158,16 @@ def test_a_repository_that_does_not_fit_is_refused(hub, pushed, python):
         assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
 
 
+def test_a_whole_model_does_not_go_beside_an_adapter(hub, pushed, python):
+    commits, push = len(hub.repos["me/agent"]), PUSH.replace("me/other", "me/agent")
+    fresh = "from vlmq_trl.critic import CriticConfig" + push.replace(
+        "argv[1])", "argv[1], critic_config=CriticConfig())"
+    )
+    done = python("-c", fresh, "me/base", TOKEN, check=False)
+    assert done.returncode != 0 and "me/agent holds an adapter" in done.stderr, done.stderr[-2000:]
+    assert len(hub.repos["me/agent"]) == commits
+
+
 DATASET = """
 import sys
 from datasets import load_dataset

@@ -423,6 +423,9 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             repo_id: made if it does not exist.
             **kwargs: `private`, `revision` (a branch, made if need be), `commit_message`, `commit_description`,
                 `create_pr`, `token`; others go to `save_pretrained`.
+
+        Raises:
+            ValueError: a whole model for a repository that holds an adapter.
         """
         hub_kwargs = {k: kwargs.pop(k) for k in UPLOAD_ARGUMENTS if k in kwargs}
         with tempfile.TemporaryDirectory() as directory:
@@ -611,6 +614,15 @@ def has_adapter(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
     return find_file(name, ADAPTER_CONFIG_NAME, **hub_kwargs) is not None
 
 
+def refuse_adapter_repository(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Raises ValueError if a Hub repository holds an adapter: a whole model beside it would never be opened."""
+    if HfApi(token=token).file_exists(repo_id, ADAPTER_CONFIG_NAME, revision=revision):
+        raise ValueError(
+            f"The repository {repo_id} holds an adapter, and whoever opens it would get that, not a whole model "
+            f"pushed beside it. Push to another one, or delete {ADAPTER_CONFIG_NAME} there first."
+        )
+
+
 def require_adapter_weights(name: str | os.PathLike, **hub_kwargs: Any) -> None:
     """Raises OSError unless the adapter's weights are safetensors; PEFT would open a pickle, which may run code."""
     if find_file(name, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs) is None:
@@ -700,6 +712,8 @@ def _upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if not (Path(directory) / ADAPTER_CONFIG_NAME).is_file():
+        refuse_adapter_repository(repo_id, revision, token)
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=directory,

@@ -65,6 +65,7 @@ from .modeling import (
     load_critic_config,
     load_pretrained,
     load_processor,
+    refuse_adapter_repository,
 )
 from .objective import CriticLosses, critic_losses
 from .online import AsyncOnlineData, OnlineData, check_online, open_online
@@ -870,6 +871,14 @@ class VLMQTrainer(SFTTrainer):
             path = Path(checkpoint) / PRIORITIES_NAME.format(self.args.process_index)
             if path.is_file():
                 self._online.priorities.load(path)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer` does; refuses a repository that holds an adapter, if this is a whole model."""
+        super().init_hf_repo(token, private)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_world_process_zero() and not isinstance(getattr(model, "pretrained_model", model), PeftModel):
+            token = self.args.hub_token if token is None else token
+            refuse_adapter_repository(self.hub_model_id, self.args.hub_revision, token)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
