@@ -105,6 +105,23 @@ def test_names_are_exchanged_in_prompt_and_reading_alike(wordy_processor):
     assert torch.equal(plain["labels"] == -100, renamed["labels"] == -100)
 
 
+def test_commands_are_among_those_listed(wordy_processor):
+    """What a model that is told to act at random would answer, to the end of its turn."""
+    lesson = embedded._Lesson.collect("vlmq_trl/ALFWorld-Look-v0", 200, 3, wordy_processor, progress=False)
+    tokenizer, rng, commands = wordy_processor.tokenizer, np.random.default_rng(0), set()
+    for renaming in (None, rng):
+        batch = lesson.batch(np.arange(200), torch.device("cpu"), renaming, commands=True)
+        for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+            text, answer = tokenizer.decode(ids[mask == 1]), tokenizer.decode(labels[labels != -100])
+            command = json.loads(answer.removesuffix(embedded.END_TOKEN))["action"]
+            listed = text.partition("Commands: ")[2].partition(".")[0].split("; ")
+            assert command in listed and answer.endswith(embedded.END_TOKEN)
+            commands.add(command.partition(" ")[0])
+    assert {"go", "take", "help", "examine"} <= commands
+    reading = lesson.batch(np.arange(3), torch.device("cpu"))["labels"][0]
+    assert tokenizer.decode(reading[reading != -100]).endswith('"action": "')
+
+
 def test_drills_ask_for_what_follows_from_the_reading(wordy_processor):
     lesson = embedded._Lesson.collect("vlmq_trl/ALFWorld-Look-v0", 120, 3, wordy_processor, progress=False)
     tokenizer, rng = wordy_processor.tokenizer, np.random.default_rng(0)
@@ -131,7 +148,7 @@ def test_drills_ask_for_what_follows_from_the_reading(wordy_processor):
 def test_batches_of_text_have_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(1, 100, size=1000)
     none = np.zeros((2, 0), dtype=np.int64)
-    texts = [[0] * n for n in lengths], [[0]] * 1000, [0] * 1000, []
+    texts = [[0] * n for n in lengths], [[0]] * 1000, [[]] * 1000, [0] * 1000, []
     lesson = embedded._Lesson("", *texts, torch.zeros(1000, 1), 0, none, none[0])
     drawn = [lesson.draw(np.random.default_rng(seed), 16, alike=True) for seed in range(200)]
     assert np.mean([np.ptp(lengths[rows]) for rows in drawn]) < 20

@@ -102,6 +102,7 @@ class EmbeddedRecipe:
         layers: of the language model; None takes 4 for ALFWorld, where much is to be looked up, and 3 otherwise.
         vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
             otherwise.
+        version: of the lessons. Where it differs, so do they.
     """
 
     games: tuple[str, ...] = GAMES
@@ -119,7 +120,7 @@ class EmbeddedRecipe:
     hidden_size: int = 192
     layers: int = BY_GAMES
     vocab_size: int = BY_GAMES
-    version: int = 2
+    version: int = BY_GAMES
 
     def __post_init__(self):
         unknown = [game for game in self.games if game not in GAMES and game not in gymnasium.registry]
@@ -137,6 +138,7 @@ class EmbeddedRecipe:
             "learning_rate": 1.5e-3 if alfworld else 2e-3,
             "layers": 4 if alfworld else 3,
             "vocab_size": 2048 if self.wordy else 512,
+            "version": 3 if alfworld else 2,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -320,7 +322,8 @@ def _corpus(games: list[str]) -> list[str]:
 def _states(
     game: str, count: int, seed: int, see: Callable[[np.ndarray], Any] = np.asarray, progress: bool = False
 ) -> list[dict[str, Any]]:
-    """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action).
+    """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action), `command`:
+    in ALFWorld one of the listed, drawn at random, elsewhere None.
 
     Args:
         see: makes `image` of a picture.
@@ -330,7 +333,8 @@ def _states(
     agent_format = default_format(env)
     players = PURPOSEFUL if game.startswith(PURPOSEFUL_GAMES) else EVERYONE
     demonstrators = [make_demonstrator(env_id, policy) for policy in players]
-    rng = np.random.default_rng((seed, GAMES.index(game) if game in GAMES else crc32(game.encode())))
+    stream = (seed, GAMES.index(game) if game in GAMES else crc32(game.encode()))
+    rng, commands = np.random.default_rng(stream), np.random.default_rng((*stream, 1))
     rows: list[dict[str, Any]] = []
     seen: dict[bytes, Any] = {}  # each picture once
     bar = tqdm(total=count, desc=f"Reading lessons: {game}", unit="state", disable=not progress, leave=False)
@@ -348,7 +352,9 @@ def _states(
             key = hashlib.sha256(observation["image"]).digest()
             if key not in seen:
                 seen[key] = see(observation["image"])
-            rows.append({"prompt": prompt, "messages": messages, "image": seen[key], "reading": reading})
+            row = {"prompt": prompt, "messages": messages, "image": seen[key], "reading": reading}
+            command = str(commands.choice(env.legal_actions)) if game.startswith(ALFWORLD) else None
+            rows.append({**row, "command": command})
             bar.update()
             observation, _, terminated, truncated, _ = env.step(decision.action)
             done = terminated or truncated
@@ -359,9 +365,10 @@ def _states(
 
 @dataclass
 class _Lesson:
-    """One game's states: `prompt_ids` and `reading_ids`, B lists each; `pixels` [B, 3, H, W] uint8.
+    """One game's states: `prompt_ids`, `reading_ids` and `command_ids`, B lists each; `pixels` [B, 3, H, W] uint8.
 
     Attributes:
+        command_ids: what follows the reading, to the turn's end; empty where no command is taught.
         thoughts: where each reading's thoughts begin, as an index of its tokens.
         endings: the rows of the readings whose last word is the same, for each such word.
         names: [2, N] tokens of the N words that readings copy from their prompts (`_names`).
@@ -371,6 +378,7 @@ class _Lesson:
     game: str
     prompt_ids: list[list[int]]
     reading_ids: list[list[int]]
+    command_ids: list[list[int]]
     thoughts: list[int]
     endings: list[np.ndarray]
     pixels: torch.Tensor
@@ -399,17 +407,19 @@ class _Lesson:
         def tokens(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        readings, thoughts = [], []
+        readings, answers, thoughts = [], [], []
         endings: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
             before, mark, thought = row["reading"].rpartition('"thoughts": "')
             readings.append(tokens(row["reading"]))
+            answers.append([] if row["command"] is None else tokens(f'{row["command"]}"}}{END_TOKEN}'))
             thoughts.append(len(tokens(before + mark)))
             endings.setdefault(thought.partition('"')[0].rpartition(" ")[2], []).append(i)
         return cls(
             game,
             prompt_ids,
             readings,
+            answers,
             thoughts,
             [np.array(found) for _, found in sorted(endings.items())],
             torch.stack([row["image"] for row in rows]),
@@ -427,10 +437,13 @@ class _Lesson:
         first = count * int(rng.integers(8))
         return rows[np.argsort(lengths, kind="stable")][first : first + count]
 
-    def renamed(self, row: int, rng: np.random.Generator) -> list[int]:
+    def renamed(self, row: int, rng: np.random.Generator, commands: bool = False) -> list[int]:
         """A row's tokens with the names of its prompt exchanged for others, and digits for digits, in prompt and
         reading alike: what is to be copied cannot be known by heart then."""
-        return self._exchanged(self.prompt_ids[row] + self.reading_ids[row], self.prompt_ids[row], rng)
+        return self._exchanged(self._tokens(row, commands), self.prompt_ids[row], rng)
+
+    def _tokens(self, row: int, commands: bool) -> list[int]:
+        return self.prompt_ids[row] + self.reading_ids[row] + (self.command_ids[row] if commands else [])
 
     def _exchanged(self, tokens: list[int], named: list[int], rng: np.random.Generator) -> list[int]:
         """`tokens` with the names that are in `named` exchanged for others, and digits for digits."""
@@ -467,17 +480,22 @@ class _Lesson:
         }
 
     def batch(
-        self, rows: np.ndarray, device: torch.device, renaming: np.random.Generator | None = None
+        self,
+        rows: np.ndarray,
+        device: torch.device,
+        renaming: np.random.Generator | None = None,
+        commands: bool = False,
     ) -> dict[str, torch.Tensor]:
         """[B, T] right-padded ids, mask and labels (-100 on prompt and padding), and pixel values.
 
         Args:
             renaming: gives half of the rows other names.
+            commands: go on after the readings, to the turns' ends.
         """
-        ids = [self.prompt_ids[i] + self.reading_ids[i] for i in rows]
+        ids = [self._tokens(i, commands) for i in rows]
         if renaming is not None and self.names.size:
             exchanged = renaming.random(len(rows)) < 0.5
-            ids = [self.renamed(int(rows[k]), renaming) if exchanged[k] else own for k, own in enumerate(ids)]
+            ids = [self.renamed(rows[k], renaming, commands) if exchanged[k] else own for k, own in enumerate(ids)]
         prompts = [len(self.prompt_ids[i]) for i in rows]
         labels = [[-100] * prompt + row[prompt:] for prompt, row in zip(prompts, ids, strict=True)]
         batch = self._padded(ids, labels)
@@ -556,7 +574,7 @@ def _teach(model: Any, lessons: list[_Lesson], recipe: EmbeddedRecipe, course: i
     for step in bar:
         lesson = lessons[step % len(lessons)]
         rows = lesson.draw(rng, recipe.batch_size, alike=recipe.wordy)
-        loss = model(**lesson.batch(rows, model.device, rng if recipe.wordy else None)).loss
+        loss = model(**lesson.batch(rows, model.device, rng if recipe.wordy else None, commands=True)).loss
         total = loss
         if lesson.game.startswith(ALFWORLD):
             total = loss + DRILL_WEIGHT * model(**lesson.drill(rng, recipe.batch_size, model.device)).loss
