@@ -90,8 +90,8 @@ class EmbeddedRecipe:
         batch_size: rows a step, of one game after the other; None takes 32 for ALFWorld, whose rows are long, and 48
             otherwise.
         learning_rate: peak of a one-cycle cosine schedule; None takes 1.5e-3 for ALFWorld and 2e-3 otherwise.
-        states: training states of each game; None takes 12,000 for Points24, 24,000 for ALFWorld, where states differ
-            most, and 6,000 otherwise.
+        states: training states of each game; None takes 12,000 for Points24 and BabyAI, 24,000 for ALFWorld, where
+            states differ most, and 6,000 otherwise.
         required_accuracy: share of fresh states of each game whose whole reading must be right; None takes 0.75 for
             ALFWorld, where a sixth of the states show something in small print that nothing depends on, and 0.95
             otherwise.
@@ -132,7 +132,7 @@ class EmbeddedRecipe:
         defaults = {
             "image_size": 112 if babyai else 128,
             "scale_factor": 1 if points24 or babyai else 2,
-            "states": 24_000 if alfworld else 12_000 if points24 else 6_000,
+            "states": 24_000 if alfworld else 12_000 if points24 or babyai else 6_000,
             "required_accuracy": 0.75 if alfworld else 0.95,
             "batch_size": 32 if alfworld else 48,
             "learning_rate": 1.5e-3 if alfworld else 2e-3,
