@@ -189,9 +189,16 @@ def test_the_cache_variable(tmp_path, monkeypatch):
 
 def test_a_model_that_does_not_read_is_refused(tmp_path):
     strict = dataclasses.replace(SMALL, required_accuracy=0.95)
-    with pytest.raises(embedded.ReadingError, match=r"'NumberLine'.*is required: raise `EmbeddedRecipe.steps`"):
+    with pytest.raises(
+        embedded.ReadingError, match=r"'NumberLine'.*is required: raise `EmbeddedRecipe.steps`"
+    ) as caught:
         load_embedded_model(strict, tmp_path, progress=False)
-    assert list(tmp_path.iterdir()) == []
+    (kept,) = tmp_path.iterdir()  # what took minutes is not lost
+    assert caught.value.__notes__ == [f"It lies in {kept}: give that as the model if it reads well enough for you."]
+    model, _, accuracy = caught.value.built
+    assert json.loads((kept / "reading.json").read_text())["reading_accuracy"] == accuracy
+    opened = AutoModelForImageTextToText.from_pretrained(kept).state_dict()
+    assert all(torch.equal(x, opened[name]) for name, x in model.state_dict().items())
 
 
 def test_what_was_learned_by_heart_takes_more_states(tmp_path, monkeypatch):

@@ -75,7 +75,15 @@ BY_GAMES: Any = None  # a recipe's default that depends on its games
 
 
 class ReadingError(RuntimeError):
-    """The freshly built model does not read its pictures well enough to be used."""
+    """The freshly built model does not read its pictures well enough to be used.
+
+    Attributes:
+        built: what `build_embedded_model` would have returned.
+    """
+
+    def __init__(self, message: str, built: tuple[Any, Any, dict[str, float]]):
+        super().__init__(message)
+        self.built = built
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def load_embedded_model(
         cache_dir: default `$VLMQ_TRL_CACHE`, else `~/.cache/vlmq_trl`.
 
     Raises:
-        ReadingError: the reading did not reach `recipe.required_accuracy`; nothing is cached then.
+        ReadingError: the reading did not reach `recipe.required_accuracy`. The model is kept aside then.
     """
     recipe = recipe or EmbeddedRecipe()
     root = Path(cache_dir or os.environ.get("VLMQ_TRL_CACHE") or Path.home() / ".cache" / "vlmq_trl")
@@ -175,9 +183,26 @@ def load_embedded_model(
     if (path / "model.safetensors").is_file():
         return str(path)
     root.mkdir(parents=True, exist_ok=True)
-    model, processor, accuracy = build_embedded_model(recipe, progress)
-    # Written aside and renamed, so that a build cut short leaves no half model behind.
-    with tempfile.TemporaryDirectory(dir=root) as work:
+    try:
+        built = build_embedded_model(recipe, progress)
+    except ReadingError as error:
+        poor = root / f"poor-{key}"
+        _write(poor, recipe, *error.built)
+        error.add_note(f"It lies in {poor}: give that as the model if it reads well enough for you.")
+        raise
+    _write(path, recipe, *built)
+    return str(path)
+
+
+def _write(
+    path: Path,
+    recipe: EmbeddedRecipe,
+    model: Idefics3ForConditionalGeneration,
+    processor: Idefics3Processor,
+    accuracy: dict[str, float],
+) -> None:
+    """Written aside and renamed, so that a build cut short leaves no half model behind."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
         built = Path(work) / "model"
         model.save_pretrained(built)
         processor.save_pretrained(built)
@@ -190,7 +215,6 @@ def load_embedded_model(
             if not (path / "model.safetensors").is_file():
                 shutil.rmtree(path, ignore_errors=True)
                 shutil.move(str(built), str(path))
-    return str(path)
 
 
 def build_embedded_model(
@@ -222,7 +246,8 @@ def build_embedded_model(
         raise ReadingError(
             f"The embedded model reads {poor} of fresh states right, and {known} of its lessons' own; "
             f"{recipe.required_accuracy} of the fresh ones is required: raise "
-            f"`EmbeddedRecipe.{'states' if by_heart else 'steps'}`, or choose another seed."
+            f"`EmbeddedRecipe.{'states' if by_heart else 'steps'}`, or choose another seed.",
+            (model.cpu(), processor, accuracy),
         )
     return model.cpu(), processor, accuracy
 
