@@ -111,6 +111,37 @@ def test_an_environment_with_options(tmp_path):
     assert (card["env_id"], card["env_kwargs"]) == (None, {})
 
 
+@pytest.mark.parametrize("family", ["idefics3", "llama"])
+def test_legal_actions_only(family, seen, tmp_path):
+    """An untrained model then plays nothing else: in the trainer's evaluations, in collection, and once saved."""
+    model, processor = tiny_models.build(family)
+    text = family == "llama"
+    env = functools.partial(small_runs.TextNumberLine) if text else NUMBER_LINE
+    trainer = VLMQTrainer(
+        model,
+        small_runs.config(tmp_path, legal_actions_only=True, max_steps=2, turns_per_round=4, rollout_num_envs=2),
+        env=env,
+        processing_class=processor,
+        agent_format=PlainFormat(),
+    )
+    assert trainer.evaluate()["eval_valid_rate"] == 1
+    trainer.train()
+    (rounds,) = [entry for entry in trainer.state.log_history if "rollout_round" in entry][-1:]
+    assert rounds["rollout_valid_rate"] == 1
+    trainer.save_model()
+    agent = VLMAgent.from_pretrained(tmp_path, env=env)
+    assert (
+        agent.legal_actions_only
+        and not VLMAgent.from_pretrained(tmp_path, legal_actions_only=False).legal_actions_only
+    )
+    for best_of in (1, 2):
+        assert episode_metrics(agent.play(episodes=2, best_of=best_of))["valid_rate"] == 1
+    if not text:
+        assert agent.act(*seen, legal_actions=["+"]).action == "+"
+        with pytest.raises(ValueError, match="say which there are, by `legal_actions`"):
+            agent.act(*seen)
+
+
 def test_functions_of_ones_own_are_asked_for(tmp_path, seen):
     """They are not saved, and the environment's own format is not what the model has learned."""
     trainer = train(tmp_path)

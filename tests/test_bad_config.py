@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, config, number_line, text_number_line
-from vlmq_trl import VLMAgent
+from vlmq_trl import PlainFormat, VLMAgent
 from vlmq_trl.trajectory import TrajectoryError
 from vlmq_trl.vlmq_config import VLMQConfig
 from vlmq_trl.vlmq_trainer import VLMQTrainer
@@ -269,6 +269,14 @@ def test_no_chat_template(name, tmp_path):
     (tmp_path / "chatml.jinja").write_text(template)
     options = {"chat_template_path": str(tmp_path / "chatml.jinja"), "max_steps": 1}
     build(tmp_path, name=name, init={"processing_class": processor}, **options).train()
+
+
+def test_no_legal_actions(tmp_path):
+    def made():
+        return gymnasium.make("FrozenLake-v1")
+
+    with pytest.raises(ValueError, match="`legal_actions_only` needs to know what can be done"):
+        build(tmp_path, legal_actions_only=True, init={"eval_env": made, "agent_format": PlainFormat()})
 
 
 def test_a_row_too_long(tmp_path):

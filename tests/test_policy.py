@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: batches, stop tokens, log-probabilities of what was sampled, evaluation."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -246,6 +247,24 @@ def test_the_action_is_one_of_the_legal_ones():
         (log_prob,) = {round(sum(r.behavior_logprobs), 4) for r in responses if r.text == action}
         share = sum(response.text == action for response in responses) / len(responses)
         assert abs(share - np.exp(log_prob)) < 0.06
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nothing_but_legal_actions(temperature):
+    """Also of the greedy answer, which takes the likeliest of those that are legal now, whatever was asked before."""
+    model, processor = tiny_models.build("llama")
+    model.eval()
+    (request,) = requests_for(["up"], "llama")
+    common = {"temperature": temperature, "max_completion_length": 24, "logprobs": bool(temperature)}
+    policy = ModelPolicy(model, processor, legal_actions_only=True, agent_format=PlainFormat(), **common)
+    for legal in (LEGAL, LEGAL[:1], LEGAL[1:2]):
+        (response,) = policy.act([replace(request, legal_actions=legal)])
+        assert response.text in legal
+        if temperature:
+            alone = math.isclose(sum(response.behavior_logprobs), 0.0, abs_tol=1e-5)
+            assert alone == (len(legal) == 1)
+    with pytest.raises(ValueError, match="`legal_actions_only` needs `agent_format`"):
+        ModelPolicy(model, processor, legal_actions_only=True)
 
 
 @pytest.mark.parametrize("name", tiny_models.VLM_NAMES + tiny_models.TEXT_NAMES)

@@ -108,6 +108,7 @@ class VLMAgent:
         env: what it was trained in; `play`'s default.
         temperature: of its answers; 0 is greedy.
         max_completion_length: longest response in tokens.
+        legal_actions_only: hold it to the actions that the environment lists as legal.
 
     Raises:
         ValueError: `processing_class` has no chat template.
@@ -122,11 +123,13 @@ class VLMAgent:
         env: EnvSpec | None = None,
         temperature: float = 0.0,
         max_completion_length: int = 256,
+        legal_actions_only: bool = False,
     ):
         check_chat_template(processing_class)
         self.model, self.processing_class = model.eval(), processing_class
         self.agent_format, self.env = agent_format, env
         self.temperature, self.max_completion_length = temperature, max_completion_length
+        self.legal_actions_only = legal_actions_only
         self._needs_format = False  # the card says so
         self._default_format: tuple[EnvSpec, AgentFormat] | None = None  # of `env`, which may be slow to make
 
@@ -139,6 +142,7 @@ class VLMAgent:
         env: EnvSpec | None = None,
         temperature: float = 0.0,
         max_completion_length: int | None = None,
+        legal_actions_only: bool | None = None,
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> "VLMAgent":
@@ -159,7 +163,10 @@ class VLMAgent:
         card = _read_card(name, hub_kwargs)
         opened = AutoModelForImageTextToTextWithValueHead if has_critic(name, **hub_kwargs) else None
         model = opened.from_pretrained(name, **kwargs) if opened else load_pretrained(name, **kwargs)
-        length = card.get("max_completion_length", 256) if max_completion_length is None else max_completion_length
+        if max_completion_length is None:
+            max_completion_length = card.get("max_completion_length", 256)
+        if legal_actions_only is None:
+            legal_actions_only = bool(card.get("legal_actions_only"))
         known = card.get("agent_format")
         custom = known == CUSTOM_FORMAT
         agent = cls(
@@ -168,7 +175,8 @@ class VLMAgent:
             agent_format if agent_format is not None else make_format(**known) if known and not custom else None,
             env=_env_of(card) if env is None else env,
             temperature=temperature,
-            max_completion_length=length,
+            max_completion_length=max_completion_length,
+            legal_actions_only=legal_actions_only,
         )
         agent._needs_format = custom
         return agent
@@ -186,6 +194,7 @@ class VLMAgent:
         history: Sequence[Exchange] = (),
         *,
         best_of: int = 1,
+        legal_actions: Sequence[str] = (),
     ) -> Answer:
         """Answers one observation, a mapping with "image" (uint8 [H, W, 3]), "text" or both.
 
@@ -193,13 +202,17 @@ class VLMAgent:
             task: the environment's task text.
             history: earlier turns of the episode, oldest first, where the format wants them.
             best_of: samples as many responses and takes the one that the critic values most.
+            legal_actions: what it may do, with `legal_actions_only`.
 
         Raises:
-            TypeError, ValueError: an observation that does not fit, no format, or `best_of` without a critic.
+            TypeError, ValueError: an observation that does not fit, no format, `best_of` without a critic, or
+                `legal_actions_only` and no `legal_actions`.
         """
+        if self.legal_actions_only and not legal_actions:
+            raise ValueError("The agent takes legal actions only: say which there are, by `legal_actions`.")
         fmt = self._format()
         prompt, images = prompt_of(fmt, task, observation, history)
-        request = Request(None, prompt, images, np.random.default_rng(0))
+        request = Request(None, prompt, images, np.random.default_rng(0), tuple(legal_actions))
         policy = self.policy(best_of=best_of)
         (response,) = policy.act([request])
         parsed = action_of(fmt, response.text)
@@ -232,11 +245,16 @@ class VLMAgent:
             raise ValueError(f"`best_of={best_of}`: it must be at least 1, and above 1 it needs a critic.")
         if best_of > 1:
             return BestOfPolicy(self, best_of)
+        return self._model_policy(self.temperature)
+
+    def _model_policy(self, temperature: float) -> ModelPolicy:
         return ModelPolicy(
             self.model,
             self.processing_class,
-            temperature=self.temperature,
+            temperature=temperature,
             max_completion_length=self.max_completion_length,
+            legal_actions_only=self.legal_actions_only,
+            agent_format=self._format() if self.legal_actions_only else None,
         )
 
     def own_format(self) -> AgentFormat | None:
@@ -330,12 +348,7 @@ class BestOfPolicy:
     def __init__(self, agent: VLMAgent, n: int):
         self.agent, self.n = agent, n
         self.values: list[float] = []
-        self._policy = ModelPolicy(
-            agent.model,
-            agent.processing_class,
-            temperature=agent.temperature or 1.0,
-            max_completion_length=agent.max_completion_length,
-        )
+        self._policy = agent._model_policy(agent.temperature or 1.0)
 
     def act(self, requests: list[Request]) -> list[Response]:
         repeated = [request for request in requests for _ in range(self.n)]
@@ -346,10 +359,12 @@ class BestOfPolicy:
         return [Response(responses[k].text) for k in best]
 
 
-def agent_card(env: EnvSpec | None, agent_format: AgentFormat | None, max_completion_length: int) -> dict[str, Any]:
+def agent_card(
+    env: EnvSpec | None, agent_format: AgentFormat | None, max_completion_length: int, legal_actions_only: bool = False
+) -> dict[str, Any]:
     """What `agent.json` says, so that an agent opens with no argument: `env_id` (None for a user's own factory),
     `env_kwargs` (of `functools.partial(gymnasium.make, env_id, ...)`), `agent_format` (`CUSTOM_FORMAT` for a user's
-    own functions, None where none is known), `max_completion_length`."""
+    own functions, None where none is known), `max_completion_length`, `legal_actions_only`."""
     if agent_format is None and env is not None:
         agent_format = _default_of(env)
     env_id, env_kwargs = env, {}
@@ -360,6 +375,7 @@ def agent_card(env: EnvSpec | None, agent_format: AgentFormat | None, max_comple
         "env_kwargs": env_kwargs,
         "agent_format": None if agent_format is None else format_arguments(agent_format) or CUSTOM_FORMAT,
         "max_completion_length": max_completion_length,
+        "legal_actions_only": legal_actions_only,
     }
 
 

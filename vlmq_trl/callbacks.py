@@ -51,6 +51,7 @@ class EnvEvaluationCallback(TrainerCallback):
         temperature: 0 is greedy.
         num_envs: environments played at once.
         max_completion_length: longest response in tokens.
+        legal_actions_only: as `ModelPolicy`.
         keep_best: hold a copy of the trainable parameters (and of a whole critic) with the highest success rate (ties:
             the higher mean return, then the later step, whose policy is the surer one) in CPU memory, for
             `restore_best`.
@@ -83,6 +84,7 @@ class EnvEvaluationCallback(TrainerCallback):
         temperature: float = 0.0,
         num_envs: int = 64,
         max_completion_length: int = 256,
+        legal_actions_only: bool = False,
         agent_format: AgentFormat | None = None,
         keep_best: bool = True,
         stop_at_success: float | None = None,
@@ -105,6 +107,7 @@ class EnvEvaluationCallback(TrainerCallback):
             "temperature": temperature,
             "num_envs": num_envs,
             "max_completion_length": max_completion_length,
+            "legal_actions_only": legal_actions_only,
             "agent_format": agent_format,
             "progress": progress,
             "workers": workers,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as a policy: requests answered by one batched `generate`, and its evaluation in an environment.
 
-Contents: `render`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`, `TokenLogProbs`, `evaluate_model`.
+Contents: `render`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`, `TokenLogProbs`, `format_with_actions`,
+`evaluate_model`.
 """
 
 from hashlib import sha256
@@ -20,8 +21,9 @@ from transformers import (
 )
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from .agent_format import AgentFormat
+from .agent_format import AgentFormat, default_format
 from .chat import completion_tokens, pictures, stop_token_ids, turn_processor
+from .env_pool import close_env, legal_actions_of, make_env
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
@@ -66,6 +68,8 @@ class ModelPolicy:
         action_temperature: of the tokens once the response has come to its action, in place of `temperature`: what
             explores then is the action, not the reading and the thoughts before it. Where the environment lists its
             legal actions it is one of them.
+        legal_actions_only: once a response has come to its action, this is one of those that the environment lists as
+            legal now (where it lists any), the most likely or a sample among them.
         agent_format: tells where that is.
 
     Attributes:
@@ -74,7 +78,8 @@ class ModelPolicy:
             training will see other tokens than those that were drawn.
 
     Raises:
-        ValueError: `logprobs` or `action_temperature` with temperature 0; `action_temperature` without `agent_format`.
+        ValueError: `logprobs` or `action_temperature` with temperature 0; `action_temperature` or
+            `legal_actions_only` without `agent_format`.
         FloatingPointError: from `act`, if the model's logits are not numbers.
     """
 
@@ -88,15 +93,21 @@ class ModelPolicy:
         batch_size: int = 64,
         logprobs: bool = False,
         action_temperature: float | None = None,
+        legal_actions_only: bool = False,
         agent_format: AgentFormat | None = None,
     ):
         if logprobs and not temperature:
             raise ValueError("`logprobs=True` needs a temperature above 0: a greedy answer has no distribution.")
         if action_temperature is not None and (not temperature or agent_format is None):
             raise ValueError("`action_temperature` needs a temperature above 0, and `agent_format`.")
+        if legal_actions_only and agent_format is None:
+            raise ValueError(
+                "`legal_actions_only` needs `agent_format`, which tells where a response's action begins."
+            )
         self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.temperature, self.logprobs = temperature, logprobs
         self.action_temperature, self.agent_format = action_temperature, agent_format
+        self.legal_actions_only = legal_actions_only
         self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # `generate` would sample from the 50 likeliest tokens.
@@ -117,7 +128,8 @@ class ModelPolicy:
         if self.memory is None:
             return self._generate_all(rows)
         keys = [
-            (text, *((image.shape, sha256(image.tobytes()).digest()) for image in images)) for text, images, _ in rows
+            (text, legal, *((image.shape, sha256(image.tobytes()).digest()) for image in images))
+            for text, images, legal in rows
         ]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
         self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
@@ -144,8 +156,8 @@ class ModelPolicy:
         ).to(self.model.device)
         start = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList([_check_logits])
-        if self.action_temperature is not None and self.agent_format is not None:
-            factor = self.temperature / self.action_temperature
+        if self.agent_format is not None and (self.action_temperature is not None or self.legal_actions_only):
+            factor = 1.0 if self.action_temperature is None else self.temperature / self.action_temperature
             legal_actions = [legal for _, _, legal in rows]
             processors.append(
                 ActionLogits(factor, self.agent_format, self.tokenizer, start, legal_actions, self.stop_tokens)
@@ -278,6 +290,25 @@ class TokenLogProbs(LogitsProcessor):
         return torch.stack(self.taken, dim=1)
 
 
+def format_with_actions(env: EnvSpec, agent_format: AgentFormat | None) -> AgentFormat:
+    """`agent_format`, or the environment's own, of an agent with `legal_actions_only`.
+
+    Raises:
+        ValueError: the environment lists no legal actions.
+    """
+    made = make_env(env)
+    try:
+        made.reset(seed=0)
+        if not legal_actions_of(made):
+            raise ValueError(
+                "`legal_actions_only` needs to know what can be done: give the environment an attribute "
+                "`legal_actions`, a sequence of strings."
+            )
+        return agent_format if agent_format is not None else default_format(made)
+    finally:
+        close_env(made)
+
+
 def evaluate_model(
     model: Any,
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
@@ -288,6 +319,7 @@ def evaluate_model(
     temperature: float = 0.0,
     num_envs: int = 64,
     max_completion_length: int = 256,
+    legal_actions_only: bool = False,
     agent_format: AgentFormat | None = None,
     workers: bool = False,
     env_timeout: float | None = None,
@@ -305,17 +337,24 @@ def evaluate_model(
         model: anything with `generate`.
         env, episodes, seed, num_envs, agent_format, workers, env_timeout, max_env_failures, progress: as
             `rollout.play_episodes`; the episodes that failures cost are not in the measures.
-        temperature, max_completion_length: as `ModelPolicy`.
+        temperature, max_completion_length, legal_actions_only: as `ModelPolicy`.
         recorder: writes the first episodes down, to be looked at; give it to one process only.
         distributed: the processes of a distributed run each play a part of the episodes, and all get the result; each
             must call. Weights that ZeRO-3 has split are gathered once, so that then too each must call.
+
+    Raises:
+        ValueError: `legal_actions_only` in an environment that lists none.
     """
+    if legal_actions_only:
+        agent_format = format_with_actions(env, agent_format)
     policy = ModelPolicy(
         model,
         processing_class,
         temperature=temperature,
         max_completion_length=max_completion_length,
         batch_size=num_envs,
+        legal_actions_only=legal_actions_only,
+        agent_format=agent_format,
     )
     state = PartialState() if distributed else None
     share = (0, 1) if state is None else (state.process_index, state.num_processes)

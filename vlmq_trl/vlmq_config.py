@@ -165,6 +165,9 @@ class VLMQConfig(SFTConfig):
             Sampling temperature of the evaluation; 0 is greedy.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Longest response in tokens, in evaluations and collection.
+        legal_actions_only (`bool`, *optional*, defaults to `False`):
+            Hold the model, in evaluations, in collection and as the saved agent, to the actions that the environment
+            lists as legal in each turn: once a response has come to its action, other tokens have no chance.
         stop_at_success (`float`, *optional*):
             End training once two evaluations in a row reach this success rate; never when not given.
         record_episodes (`int`, *optional*, defaults to `0`):
@@ -277,6 +280,9 @@ class VLMQConfig(SFTConfig):
     eval_seed: int = field(default=1_000_000, metadata={"help": "Seed of an evaluation's first episode."})
     eval_temperature: float = field(default=0.0, metadata={"help": "Sampling temperature of evaluations; 0: greedy."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest response in tokens."})
+    legal_actions_only: bool = field(
+        default=False, metadata={"help": "Hold the model to the actions that the environment lists as legal."}
+    )
 
     stop_at_success: float | None = field(
         default=None, metadata={"help": "End once two evaluations in a row reach this success; None: never."}

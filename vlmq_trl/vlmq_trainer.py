@@ -69,7 +69,7 @@ from .modeling import (
 )
 from .objective import CriticLosses, critic_losses
 from .online import AsyncOnlineData, OnlineData, check_online, open_online
-from .policy import evaluate_model
+from .policy import evaluate_model, format_with_actions
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Policy, make_env
 from .sharding import whole_state_dict, writable
@@ -188,6 +188,8 @@ class VLMQTrainer(SFTTrainer):
             made = make_env(eval_env)  # an unknown id or a broken factory shows now, not at the first evaluation
             close_env(made)
             own_format = agent_format or default_format(made)
+            if args.legal_actions_only:
+                format_with_actions(eval_env, own_format)
             if train_dataset is not None:
                 warn_of_another_format(own_format, train_dataset)
         if args.filter_scope == "action" and own_format is None:
@@ -639,6 +641,7 @@ class VLMQTrainer(SFTTrainer):
                     seed=seed,
                     num_envs=self.args.eval_num_envs,
                     max_completion_length=self.args.max_completion_length,
+                    legal_actions_only=self.args.legal_actions_only,
                     agent_format=self.agent_format,
                     workers=self.args.rollout_workers,
                     env_timeout=self.args.env_timeout,
@@ -814,7 +817,8 @@ class VLMQTrainer(SFTTrainer):
 
     @functools.cached_property
     def _agent_card(self) -> dict[str, Any]:
-        return agent_card(self.eval_env, self.agent_format, self.args.max_completion_length)
+        args = self.args
+        return agent_card(self.eval_env, self.agent_format, args.max_completion_length, args.legal_actions_only)
 
     def create_model_card(
         self,

@@ -211,6 +211,7 @@ class OnlineData:
             batch_size=self.args.rollout_num_envs,
             logprobs=True,
             action_temperature=exploration(self.args, "rollout_action_temperature", turns),
+            legal_actions_only=self.args.legal_actions_only,
             agent_format=self.rollouts.agent_format,
         )
 

@@ -60,6 +60,11 @@ def check_online(
             f"`rollout_epsilon={epsilon}` needs to know what can be done: give the environment an "
             "attribute `legal_actions`, a sequence of strings."
         )
+    if args.legal_actions_only and rollout_policy is not None:
+        raise ValueError(
+            "`legal_actions_only` binds the model's own answers, and `rollout_policy` would know nothing of it. Leave "
+            "one of them out."
+        )
     with_images = "images" in first_look.column_names
     if train_dataset is not None and ("images" in train_dataset.column_names) != with_images:
         raise ValueError(
