@@ -54,6 +54,8 @@ BROKEN_CONFIGS = [
     ({"target_norm_rate": 0}, "`target_norm_rate=0`: it must lie in (0, 1]"),
     ({"filter": "soft"}, "must be one of ('binary', 'exp', 'none')"),
     ({"filter_scope": "thoughts"}, "must be one of ('response', 'action')"),
+    ({"critic_scope": "thoughts"}, "must be one of ('response', 'action')"),
+    ({"critic_scope": "action"}, "Set `filter_scope='action'` too"),
     ({"filter_threshold": NAN}, "`filter_threshold=nan`: it must be a finite number"),
     ({"filter_temperature": 0.0}, "`filter_temperature=0.0`: it must be positive"),
     ({"filter_max_weight": -1}, "`filter_max_weight=-1`: it must be positive"),

@@ -206,6 +206,36 @@ def test_the_filter_may_judge_the_action_alone(tmp_path):
         make_trainer(tmp_path, **strict)
 
 
+@pytest.mark.parametrize("critic_type", ["scalar", "vocab"])
+def test_the_critic_may_learn_the_action_alone(critic_type, tmp_path):
+    """Of the heads' gradients, and of the returns, nothing comes from between a turn's first token and its action."""
+    env = "vlmq_trl/NumberLine-v0"
+    data = collect_demonstrations(env, policy="random", episodes=4, seed=0, progress=False)
+    options = {"dataset": data, "critic_type": critic_type, "filter_scope": "action", "critic_scope": "action"}
+    options |= {"token_lambda": 0.5, "turn_lambda": 0.5, "off_policy_trace": "tree_backup", "gamma": 0.9}
+    trainer = make_trainer(tmp_path, **options, init={"eval_env": env})
+    inputs = next(iter(trainer.get_train_dataloader()))
+    turns = {k: v for k, v in inputs.items() if k.startswith(("turn_", "segment_", "action_"))}
+    output = trainer.model(**{k: v for k, v in inputs.items() if k not in turns}, with_critic=True)
+    for values in (output.target_q_values, output.target_state_values):
+        values.normal_()  # fresh heads all but agree
+    output.q_values.retain_grad()
+    judged = objective.critic_losses(trainer.args, trainer.model.critic, output, inputs["labels"], turns)
+    sum(judged.parts.values()).backward()
+    turn = (inputs["labels"][:, 1:] != -100).nonzero()[:, 0]
+    first = torch.ones_like(turn, dtype=torch.bool)
+    first[1:] = turn[1:] != turn[:-1]
+    action = turns["action_mask"]
+    learned = output.q_values.grad.abs().sum(-1) > 0
+    assert torch.equal(learned, action | first) and (~learned).sum() > 2 * learned.sum()
+    for k in range(int(turn.max()) + 1):
+        whole, begun = judged.returns[turn == k], judged.returns[(turn == k) & action]
+        torch.testing.assert_close(whole[: len(whole) - len(begun)], begun[:1].expand(len(whole) - len(begun)))
+        assert len(begun) > 1 and not torch.isclose(begun[0], begun[-1], rtol=1e-3), "the action's tokens bootstrap"
+    trainer.train()
+    assert all(math.isfinite(entry["q_loss"]) for entry in step_logs(trainer))
+
+
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "LoRA"])
 def test_critic_learning_rate(peft_config, tmp_path):
     """The online heads are in groups of their own, and every trainable weight is in exactly one."""

@@ -21,7 +21,7 @@ class CriticLosses:
     """What the critic makes of a batch.
 
     Args:
-        parts: scalars by name, each summed over A and averaged over N.
+        parts: scalars by name, each summed over the A tokens, or those of `critic_scope`, and averaged over N.
         advantage: [A] Q_target(s_t, a_t) - V(s_t), normalised, no gradient.
         returns: [A] the critic's targets, in units of the rewards, no gradient.
         turn_values: [R] V at each turn's first action token, normalised, no gradient.
@@ -42,7 +42,7 @@ def critic_losses(
         output: of the batch's forward with the critic.
         labels: [B, T], -100 but on action tokens; the rows that follow the R turns' are bootstrap states.
         turns: what `VLMQDataCollator` says of the turns and segments (`turn_*` [R], `segment_*` [S]), and
-            `behavior_log_probs` [A] where some were recorded.
+            `behavior_log_probs` [A] where some were recorded; `action_mask` [A] for `critic_scope="action"`.
     """
     mean, std = critic.target_mean, critic.target_std
     target_q = losses.aggregate_ensemble(output.target_q_values, args.target_aggregation)
@@ -71,6 +71,11 @@ def critic_losses(
     trace = losses.trace_coefficients(output.log_probs, behavior, args.off_policy_trace)
     if trace is not None:
         lambdas = lambdas * trace.roll(-1)
+    learned = torch.ones_like(is_turn_end)
+    if args.critic_scope == "action":
+        # What stands before the action is passed over: no state in it has a value, and nothing bootstraps there.
+        learned = turns["action_mask"] | is_turn_end.roll(1)
+        lambdas = torch.where(turns["action_mask"], lambdas, 1.0)
     returns = packed_returns(
         segment,
         rewards=torch.where(is_turn_end, turns["turn_reward"][turn_of_token], 0.0),
@@ -82,12 +87,18 @@ def critic_losses(
 
     if args.critic_type == "scalar":
         q_loss, value_loss = losses.scalar_critic_loss(
-            output.q_values, output.state_values, targets, target_q, args.value_expectile
+            output.q_values[learned],
+            output.state_values[learned],
+            targets[learned],
+            target_q[learned],
+            args.value_expectile,
         )
         parts = {"q": q_loss, "value": value_loss}
         state_values = output.state_values.detach().mean(-1)
     else:
-        q_loss, conservative = losses.vocab_critic_loss(output.q_values, output.q_log_probs, targets)
+        q_loss, conservative = losses.vocab_critic_loss(
+            output.q_values[learned], output.q_log_probs[learned], targets[learned]
+        )
         parts = {"q": q_loss, "conservative": args.conservative_coef * conservative}
         state_values = target_v
     is_turn_start = is_turn_end.roll(1)

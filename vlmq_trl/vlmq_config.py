@@ -57,6 +57,11 @@ class VLMQConfig(SFTConfig):
             Expectile of the scalar critic's V. 0.5 evaluates the data's policy, above it the better actions (IQL).
         conservative_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the vocabulary-wide critic's conservative term, within the critic's loss.
+        critic_scope (`str`, *optional*, defaults to `"response"`):
+            `"response"` teaches the critic every token; `"action"`, where the filter has that scope too or there is no
+            filter, those from where the response comes to its action, and the turn's first, which the turn before
+            bootstraps from. A reading of the state, whose tokens all have the same return, is passed over. The sum is
+            still divided by all tokens, so that a larger `critic_coef` belongs to it.
         target_tau (`float`, *optional*, defaults to `0.05`):
             Step of the target heads towards the online heads, each update.
         target_aggregation (`str`, *optional*, defaults to `"mean"`):
@@ -203,6 +208,9 @@ class VLMQConfig(SFTConfig):
     )
     value_expectile: float = field(default=0.8, metadata={"help": "Expectile of the scalar critic's V."})
     conservative_coef: float = field(default=0.1, metadata={"help": "Weight of the vocab critic's conservative term."})
+    critic_scope: str = field(
+        default="response", metadata={"help": "Tokens that the critic learns.", "choices": list(FILTER_SCOPES)}
+    )
     target_tau: float = field(default=0.05, metadata={"help": "Polyak step of the target heads, each update."})
     target_aggregation: str = field(
         default="mean", metadata={"help": "Over the ensemble, in targets.", "choices": ["mean", "min"]}
@@ -384,6 +392,12 @@ class VLMQConfig(SFTConfig):
         self._require(0 < self.value_expectile < 1, "value_expectile", "must lie strictly between 0 and 1")
         self._require(self.filter in FILTERS, "filter", f"must be one of {FILTERS}")
         self._require(self.filter_scope in FILTER_SCOPES, "filter_scope", f"must be one of {FILTER_SCOPES}")
+        self._require(self.critic_scope in FILTER_SCOPES, "critic_scope", f"must be one of {FILTER_SCOPES}")
+        if self.critic_scope == "action" and self.filter != "none" and self.filter_scope != "action":
+            raise ValueError(
+                "`critic_scope='action'` leaves the critic without an opinion on what stands before the action, which "
+                "`filter_scope='response'` would filter by. Set `filter_scope='action'` too."
+            )
         self._require(self.off_policy_trace in TRACES, "off_policy_trace", f"must be one of {TRACES}")
         self._require(self.target_aggregation in ("mean", "min"), "target_aggregation", "must be 'mean' or 'min'")
         self._require(

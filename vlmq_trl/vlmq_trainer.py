@@ -192,9 +192,10 @@ class VLMQTrainer(SFTTrainer):
                 format_with_actions(eval_env, own_format)
             if train_dataset is not None:
                 warn_of_another_format(own_format, train_dataset)
-        if args.filter_scope == "action" and own_format is None:
+        scopes = [name for name in ("filter_scope", "critic_scope") if getattr(args, name) == "action"]
+        if scopes and own_format is None:
             raise ValueError(
-                "`filter_scope='action'` needs to know where a response comes to its action: give `agent_format`, or "
+                f"`{scopes[0]}='action'` needs to know where a response comes to its action: give `agent_format`, or "
                 "an environment (`env` or `eval_env`), whose own format is taken."
             )
         self.eval_env, self.agent_format = eval_env, agent_format
@@ -250,7 +251,7 @@ class VLMQTrainer(SFTTrainer):
             self.processing_class,
             args.max_length,
             args.pad_to_multiple_of,
-            action_format=own_format if args.filter_scope == "action" else None,
+            action_format=own_format if scopes else None,
         )
 
         # `compute_loss` divides by the number of tokens in all micro-batches, whatever the model's own loss would do.
@@ -528,7 +529,7 @@ class VLMQTrainer(SFTTrainer):
                     temperature=args.filter_temperature,
                     max_weight=args.filter_max_weight,
                 )
-                if "action_mask" in turns:
+                if args.filter_scope == "action":
                     weights = torch.where(turns["action_mask"], weights, torch.ones_like(weights))
         policy = losses.policy_loss(output.log_probs, weights, num_tokens)
         critic = sum(parts.values(), torch.zeros_like(policy)) / num_tokens
@@ -551,7 +552,8 @@ class VLMQTrainer(SFTTrainer):
         """For the targets' moments, the log, and the replay's priorities."""
         mean, std = self.model.critic.target_mean, self.model.critic.target_std
         recorded, returns = self._recorded[mode], turns["turn_return_to_go"]
-        recorded["advantage"].append(judged.advantage)
+        learned = self.args.critic_scope == "response"
+        recorded["advantage"].append(judged.advantage if learned else judged.advantage[turns["action_mask"]])
         recorded["value"].append(losses.denormalize(judged.turn_values, mean, std))
         recorded["return_to_go"].append(returns)
         if mode != "train":
