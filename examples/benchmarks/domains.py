@@ -60,6 +60,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "filter": "exp",
             "filter_temperature": 0.1,
             "filter_scope": "action",
+            # Four in five tokens are the reading's, from which the critic learns nothing.
+            "critic_scope": "action",
+            "critic_coef": 10.0,
+            # Commands are several words; after one that is none, the household does not even say where one is.
+            "legal_actions_only": True,
             "max_steps": 1200,
             "eval_steps": 200,
             "eval_episodes": 100,
