@@ -15,9 +15,7 @@ from trl.data_utils import apply_chat_template
 
 
 def check_chat_template(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
-    """Raises:
-    ValueError: there is no chat template, as with models that are only pretrained.
-    """
+    """Raises ValueError if there is no chat template, as with models that are only pretrained."""
     if getattr(processing_class, "chat_template", "the class renders without") is None:
         raise ValueError(
             f"{type(processing_class).__name__} has no chat template, by which turns become text. Models that are "

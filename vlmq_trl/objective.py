@@ -53,6 +53,7 @@ def critic_losses(
     turn_of_token = (labels[:, 1:] != -100).nonzero()[:, 0]
     is_turn_end = torch.ones_like(turn_of_token, dtype=torch.bool)
     is_turn_end[:-1] = turn_of_token[1:] != turn_of_token[:-1]
+    is_turn_start = is_turn_end.roll(1)
     segment = turns["turn_segment"][turn_of_token]
     is_segment_end = torch.ones_like(is_turn_end)
     is_segment_end[:-1] = segment[1:] != segment[:-1]
@@ -71,10 +72,10 @@ def critic_losses(
     trace = losses.trace_coefficients(output.log_probs, behavior, args.off_policy_trace)
     if trace is not None:
         lambdas = lambdas * trace.roll(-1)
-    learned = torch.ones_like(is_turn_end)
+    learned: Tensor | slice = slice(None)
     if args.critic_scope == "action":
         # What stands before the action is passed over: no state in it has a value, and nothing bootstraps there.
-        learned = turns["action_mask"] | is_turn_end.roll(1)
+        learned = turns["action_mask"] | is_turn_start
         lambdas = torch.where(turns["action_mask"], lambdas, 1.0)
     returns = packed_returns(
         segment,
@@ -101,7 +102,6 @@ def critic_losses(
         )
         parts = {"q": q_loss, "conservative": args.conservative_coef * conservative}
         state_values = target_v
-    is_turn_start = is_turn_end.roll(1)
     return CriticLosses(parts, losses.advantages(target_q, state_values), returns, state_values[is_turn_start])
 
 
