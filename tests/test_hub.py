@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What would be uploaded, and what is opened: the critic goes along, and no pickle goes in or out.
 
-No Hub can be reached here, so the two calls that would reach one are recorded with the files that they were given.
+No Hub can be reached here, so the calls that would reach one are replaced, and uploads recorded with their files.
 """
 
 import fnmatch

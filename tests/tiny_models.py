@@ -335,44 +335,13 @@ def qwen2_5_vl() -> tuple[Any, Any]:
 
 def qwen3_vl() -> tuple[Any, Any]:
     """Between 4 and 12 image tokens, one deep-stack layer."""
-    tokenizer, ids = _qwen_tokens()
-    images = tf.Qwen2VLImageProcessorPil(
-        patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 112 * 112}
+    return _qwen3(
+        tf.Qwen3VLConfig, tf.Qwen3VLForConditionalGeneration, vision={"deepstack_visual_indexes": [0]}, text={}
     )
-    processor = image_only(tf.Qwen3VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
-    vision = {
-        "depth": 2,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_heads": 4,
-        "patch_size": 16,
-        "out_hidden_size": TEXT["hidden_size"],
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 6, 6], "mrope_interleaved": True}
-    text = dict(vocab_size=len(tokenizer), head_dim=40, rope_parameters=rope, **TEXT)
-    config = tf.Qwen3VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
-    return tf.Qwen3VLForConditionalGeneration(config), processor
 
 
 def qwen3_5() -> tuple[Any, Any]:
     """Between 4 and 12 image tokens, one layer of linear and one of full attention."""
-    tokenizer, ids = _qwen_tokens()
-    images = tf.Qwen2VLImageProcessorPil(
-        patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 112 * 112}
-    )
-    processor = image_only(tf.Qwen3VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
-    vision = {
-        "depth": 2,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_heads": 4,
-        "patch_size": 16,
-        "out_hidden_size": TEXT["hidden_size"],
-        "num_position_embeddings": 64,
-    }
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 6, 6], "mrope_interleaved": True}
     linear = {
         "layer_types": ["linear_attention", "full_attention"],
         "linear_key_head_dim": 16,
@@ -380,9 +349,29 @@ def qwen3_5() -> tuple[Any, Any]:
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     }
-    text = dict(vocab_size=len(tokenizer), head_dim=40, rope_parameters=rope, **linear, **TEXT)
-    config = tf.Qwen3_5Config(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
-    return tf.Qwen3_5ForConditionalGeneration(config), processor
+    return _qwen3(tf.Qwen3_5Config, tf.Qwen3_5ForConditionalGeneration, vision={}, text=linear)
+
+
+def _qwen3(config_class: Any, model_class: Any, vision: dict[str, Any], text: dict[str, Any]) -> tuple[Any, Any]:
+    tokenizer, ids = _qwen_tokens()
+    images = tf.Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 112 * 112}
+    )
+    processor = image_only(tf.Qwen3VLProcessor)(images, tokenizer, chat_template=chat_template(QWEN_IMAGE))
+    vision = {
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "patch_size": 16,
+        "out_hidden_size": TEXT["hidden_size"],
+        "num_position_embeddings": 64,
+        **vision,
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 6, 6], "mrope_interleaved": True}
+    text = dict(vocab_size=len(tokenizer), head_dim=40, rope_parameters=rope, **text, **TEXT)
+    config = config_class(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids)
+    return model_class(config), processor
 
 
 def glm4v() -> tuple[Any, Any]:

@@ -164,12 +164,13 @@ class AgentFormat:
         raise NotImplementedError
 
     def reaches_action(self, response: str) -> bool:
-        """Whether a response that has come so far has come to its action. For exploration, by `action_temperature`."""
+        """Whether a response that has come so far has come to its action: where `action_temperature` and
+        `legal_actions_only` begin, and the scope "action" of filter and critic."""
         return True
 
     def replace_action(self, response: str, action: str) -> str:
         """A response that takes `action`, and keeps of `response` what stands before its action where the format has
-        such a thing. For exploration; takes any string."""
+        such a thing. For exploration and `legal_actions_only`; takes any string."""
         return self.render(action)
 
 
