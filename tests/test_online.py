@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,24 +22,17 @@ from tests import tiny_models
 from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
 from vlmq_trl import EnvEvaluationCallback, losses
-from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, PlainFormat
+from vlmq_trl.agent_format import CallableFormat, PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.online import OnlineData, Schedule
 from vlmq_trl.online.asynchronous import changing, copy_of_policy
 from vlmq_trl.online.data import LEAST_PRIORITY, identity
-from vlmq_trl.online.novelty import ActionCounts
 from vlmq_trl.online.schedule import exploration, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
-from vlmq_trl.rollout import Request, Response
-from vlmq_trl.trajectory import (
-    Episode,
-    Turn,
-    dataset_from_episodes,
-    episodes_from_dataset,
-    validate_trajectories,
-)
+from vlmq_trl.rollout import Response
+from vlmq_trl.trajectory import episodes_from_dataset, validate_trajectories
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 SMALL = {
@@ -96,13 +88,6 @@ class OpenEnded(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         return {"text": "say"}, {}
-
-
-class Mute:
-    """A policy that is no model."""
-
-    def act(self, requests):
-        return [Response("")] * len(requests)
 
 
 class StopAt(TrainerCallback):
@@ -371,81 +356,6 @@ def test_a_model_that_cannot_act_explores_by_its_own_odds(tmp_path):
     assert all(0 < chance < 1 for chance in chances) and len(turns) > 10
 
 
-class Doors(gymnasium.Env):
-    """Two rooms with four doors each: one turn in the first, one in the second."""
-
-    observation_space = gymnasium.spaces.Dict({"text": gymnasium.spaces.Text(99)})
-    action_space = gymnasium.spaces.Text(99)
-    task, legal_actions = "Which door?", ("a", "b", "c", "D")
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.room = 0
-        return {"text": "room 0"}, {}
-
-    def step(self, action):
-        self.room += 1
-        return {"text": f"room {self.room}"}, 0.0, self.room == 2, False, {}
-
-
-def test_what_was_seldom_done_is_preferred(tmp_path):
-    """A model that is nearly sure of its door takes each of them where it explores by counts."""
-    run = {"env": Doors, "rollout_temperature": 0.2, "rollout_action_temperature": 0.2, "learning_rate": 1e-9}
-    run |= {"turns_per_round": 16, "updates_per_turn": 1 / 16, "max_steps": 20}
-
-    def taken(name, fraction):
-        """[2, 4] how often each door of each room."""
-        make_trainer(tmp_path / name, rollout_novelty_fraction=fraction, **run).train()
-        turns = [[turn.action for turn in episode.turns] for episode in collected(tmp_path / name)]
-        return np.array([[[actions[room] for actions in turns].count(door) for door in "abcD"] for room in (0, 1)])
-
-    sure, novel = taken("sure", 0.0), taken("novel", 1.0)
-    assert (sure.min(1) < 0.03 * sure.max(1)).all()
-    assert (novel.min(1) > 0.12 * novel.max(1)).all(), "in the long run as the cube root of the odds, 0.2"
-
-
-def test_counts_are_of_the_state_that_is_read(tmp_path):
-    """By prompt and by what is said before the action, whatever its spelling; the offline turns count, evicted ones do
-    not."""
-    fmt = JSONCoTFormat(reading_fields=("room",))
-
-    def episode(number, *said):
-        turns = [
-            Turn(
-                [{"role": "user", "content": [{"type": "text", "text": task}]}],
-                [],
-                fmt.render(action, {"room": r}),
-                0.0,
-            )
-            for task, r, action in said
-        ]
-        return Episode(f"e{number}", tuple(turns), True, False, seed=number)
-
-    offline = dataset_from_episodes([episode(0, ("go", "1", "left"), ("go", "2", "left"))])
-    with ReplayBuffer(tmp_path, with_images=False, capacity=3) as buffer:
-        buffer.add_offline(offline, validate_trajectories(offline))
-        counts = ActionCounts(fmt, 1.0, seed=0)
-        request = Request(None, [{"role": "user", "content": "go"}], [], np.random.default_rng(0), ("Left", "Right"))
-        begun = fmt.render("", {"room": "1"})[:-2]
-        assert counts(request, begun) == {}
-        counts.count(buffer)
-        assert counts(request, begun) == {"left": 1}
-        buffer.append(episode(1, ("go", "1", "LEFT"), ("go", "1", "Right"), ("stay", "1", "Right")), round=1)
-        buffer.commit()
-        counts.count(buffer)
-        assert counts(request, begun) == {"left": 2, "right": 1}
-        assert counts(request, begun + "Ri") == {"left": 2, "right": 1}
-        buffer.append(episode(2, ("go", "2", "Right"), ("go", "2", "no such thing")), round=2)
-        buffer.commit()
-        counts.count(buffer)
-        assert counts(request, begun) == {"left": 1}, "the first online episode is gone"
-        few = ActionCounts(fmt, 0.3, seed=0)
-        few.count(buffer)
-        told = [bool(few(replace(request, episode=number), begun)) for number in range(1000)]
-        assert 0.25 < np.mean(told) < 0.35
-        assert told == [bool(few(replace(request, episode=number), begun)) for number in range(1000)]
-
-
 def test_exploration_that_ends(tmp_path):
     """All of the first round's actions are explored, none of the last round's."""
     trainer = make_trainer(
@@ -709,16 +619,7 @@ def test_what_tells_factories_apart_is_the_same_in_another_process():
         ({"max_steps": -1}, "set `max_steps`.*or `max_env_turns`"),
         ({"offline_steps": 3}, "`offline_steps=3` needs a `train_dataset`"),
         ({"rollout_seed": 1_000_001}, "collection would come to play the evaluation's episodes"),
-        ({"rollout_epsilon": 0.1, "env": OpenEnded}, "`rollout_epsilon=0.1` needs to know what can be done"),
-        ({"rollout_novelty_fraction": 0.1, "env": OpenEnded}, "`rollout_novelty_fraction=0.1` needs to know what can"),
-        (
-            {"rollout_novelty_fraction": 0.1, "init": {"rollout_policy": Mute()}},
-            "`rollout_novelty_fraction` binds the model's own answers",
-        ),
-        (
-            {"rollout_novelty_fraction": 0.1, "env": NUMBER_LINE, "name": "idefics3"},
-            "in the format 'plain' it says nothing: all pictures would be one state",
-        ),
+        ({"rollout_epsilon": 0.1, "env": OpenEnded}, "needs to know what can be done"),
         ({"dataset": number_line}, "shows text only, the training data pictures"),
     ],
 )

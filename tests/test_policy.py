@@ -230,7 +230,6 @@ def test_the_action_has_a_temperature_of_its_own():
 
 
 LEGAL = ("turn left", "turn right", "go", 'say "é"')
-REQUESTS = [Request(None, [], [], np.random.default_rng(0), LEGAL)]
 
 
 def test_the_action_is_one_of_the_legal_ones():
@@ -248,43 +247,6 @@ def test_the_action_is_one_of_the_legal_ones():
         (log_prob,) = {round(sum(r.behavior_logprobs), 4) for r in responses if r.text == action}
         share = sum(response.text == action for response in responses) / len(responses)
         assert abs(share - np.exp(log_prob)) < 0.06
-
-
-def test_what_was_tried_gives_way():
-    """pi(a) / (1 + N(a))^2 for actions that differ in their first token; of those that share it, the sum of both."""
-    model, processor = tiny_models.build("llama")
-    model.eval()
-    (request,) = requests_for(["up"], "llama")
-    requests = [replace(request, legal_actions=LEGAL)] * 400
-    common = {"temperature": 0.7, "max_completion_length": 24, "logprobs": True, "batch_size": 400}
-    common |= {"action_temperature": 1.3, "agent_format": PlainFormat()}
-    counts, asked = {"turn left": 2, "turn right": 5, "go": 3}, []
-
-    def tried(request, said):
-        asked.append((request.legal_actions, said))
-        return counts
-
-    def chances(policy):
-        torch.manual_seed(0)
-        responses = policy.act(requests)
-        shares = {a: np.mean([response.text == a for response in responses]) for a in LEGAL}
-        log_probs = {response.text: response.behavior_logprobs for response in responses}
-        first = {a: np.exp(log_probs[a][0]) for a in LEGAL if a in log_probs}
-        second = {a: np.exp(sum(log_probs[a][1:])) for a in LEGAL if a in log_probs}
-        for a in first:
-            assert abs(shares[a] - first[a] * second[a]) < 0.08, "what is drawn is what is recorded"
-        return first, second
-
-    flat, _ = chances(ModelPolicy(model, processor, **common))
-    first, second = chances(ModelPolicy(model, processor, tried=tried, **common))
-    assert asked and set(asked) == {(LEGAL, "")}
-    weights = {"turn left": flat["turn left"] / 8**2, "go": flat["go"] / 4**2, 'say "é"': flat['say "é"']}
-    for action in first:
-        of = "turn left" if action.startswith("turn") else action
-        assert first[action] == pytest.approx(weights[of] / sum(weights.values()), rel=1e-3)
-    assert set(second) >= {"go", 'say "é"'}
-    with pytest.raises(ValueError, match="`tried` needs a temperature above 0"):
-        ModelPolicy(model, processor, tried=tried, agent_format=PlainFormat())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -316,7 +278,7 @@ def test_the_tokens_of_the_legal_actions(name):
     whole = tokenizer(min(texts), add_special_tokens=False)["input_ids"]
     begun = next(n for n in range(len(whole)) if fmt.reaches_action(tokenizer.decode(whole[:n])))
     stop = tokenizer.eos_token_id
-    logits = ActionLogits(fmt, tokenizer, 0, REQUESTS, {stop}, temperature=0.5, action_temperature=1.0)
+    logits = ActionLogits(0.5, fmt, tokenizer, 0, [LEGAL], {stop})
     found, ends = [whole[:begun]], []
     while found:
         tokens = found.pop()
@@ -327,9 +289,7 @@ def test_the_tokens_of_the_legal_actions(name):
         found += [[*tokens, token] for token in allowed if token != stop]
     assert {tokenizer.decode(tokens) for tokens in ends} == texts
     untouched = torch.ones(1, len(tokenizer))
-    before = ActionLogits(fmt, tokenizer, 0, REQUESTS, {stop}, temperature=0.5, action_temperature=1.0)(
-        torch.tensor([whole[: begun - 1]]), untouched
-    )
+    before = ActionLogits(0.5, fmt, tokenizer, 0, [LEGAL], {stop})(torch.tensor([whole[: begun - 1]]), untouched)
     assert torch.equal(before, untouched)
 
 

@@ -5,9 +5,6 @@ Contents: `render`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`, `Token
 `evaluate_model`.
 """
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -31,9 +28,6 @@ from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
 from .trajectory import flatten_content
-
-# How fast an action that is tried loses its weight: with 1 one that the policy is sure of hardly ever gives way.
-NOVELTY_POWER = 2
 
 
 def render(
@@ -76,9 +70,6 @@ class ModelPolicy:
             legal actions it is one of them.
         legal_actions_only: once a response has come to its action, this is one of those that the environment lists as
             legal now (where it lists any), the most likely or a sample among them.
-        tried: of a request and what its response says before the action: how often each legal action, in lower case,
-            was taken there. The policy is pi(a|s) / (1 + N(s, a))^2 then, so that what is rare comes up: an action's
-            prior over its count, as in PUCT (AlphaGo Zero), here without a value. Needs lists of legal actions.
         agent_format: tells where that is.
 
     Attributes:
@@ -87,8 +78,8 @@ class ModelPolicy:
             training will see other tokens than those that were drawn.
 
     Raises:
-        ValueError: `logprobs`, `action_temperature` or `tried` with temperature 0; `action_temperature`,
-            `legal_actions_only` or `tried` without `agent_format`.
+        ValueError: `logprobs` or `action_temperature` with temperature 0; `action_temperature` or
+            `legal_actions_only` without `agent_format`.
         FloatingPointError: from `act`, if the model's logits are not numbers.
     """
 
@@ -103,15 +94,12 @@ class ModelPolicy:
         logprobs: bool = False,
         action_temperature: float | None = None,
         legal_actions_only: bool = False,
-        tried: Callable[[Request, str], Mapping[str, int]] | None = None,
         agent_format: AgentFormat | None = None,
     ):
         if logprobs and not temperature:
             raise ValueError("`logprobs=True` needs a temperature above 0: a greedy answer has no distribution.")
         if action_temperature is not None and (not temperature or agent_format is None):
             raise ValueError("`action_temperature` needs a temperature above 0, and `agent_format`.")
-        if tried is not None and (not temperature or agent_format is None):
-            raise ValueError("`tried` needs a temperature above 0, and `agent_format`.")
         if legal_actions_only and agent_format is None:
             raise ValueError(
                 "`legal_actions_only` needs `agent_format`, which tells where a response's action begins."
@@ -119,7 +107,7 @@ class ModelPolicy:
         self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.temperature, self.logprobs = temperature, logprobs
         self.action_temperature, self.agent_format = action_temperature, agent_format
-        self.legal_actions_only, self.tried = legal_actions_only, tried
+        self.legal_actions_only = legal_actions_only
         self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # `generate` would sample from the 50 likeliest tokens.
@@ -136,18 +124,18 @@ class ModelPolicy:
 
     def act(self, requests: list[Request]) -> list[Response]:
         """Answers all requests."""
-        rows = [(*render(self.processing_class, request), request) for request in requests]
+        rows = [(*render(self.processing_class, request), request.legal_actions) for request in requests]
         if self.memory is None:
             return self._generate_all(rows)
         keys = [
-            (text, request.legal_actions, *((image.shape, sha256(image.tobytes()).digest()) for image in images))
-            for text, images, request in rows
+            (text, legal, *((image.shape, sha256(image.tobytes()).digest()) for image in images))
+            for text, images, legal in rows
         ]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
         self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
         return [self.memory[key] for key in keys]
 
-    def _generate_all(self, rows: list[tuple[str, list[np.ndarray], Request]]) -> list[Response]:
+    def _generate_all(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
         return [
             response
             for start in range(0, len(rows), self.batch_size)
@@ -155,7 +143,7 @@ class ModelPolicy:
         ]
 
     @torch.no_grad()
-    def _generate(self, rows: list[tuple[str, list[np.ndarray], Request]]) -> list[Response]:
+    def _generate(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
         images = [pictures(images) for _, images, _ in rows]
         kwargs = {"images": images} if any(images) else {}
         inputs = turn_processor(self.processing_class)(
@@ -168,20 +156,11 @@ class ModelPolicy:
         ).to(self.model.device)
         start = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList([_check_logits])
-        if self.agent_format is not None and (
-            self.action_temperature is not None or self.legal_actions_only or self.tried is not None
-        ):
+        if self.agent_format is not None and (self.action_temperature is not None or self.legal_actions_only):
+            factor = 1.0 if self.action_temperature is None else self.temperature / self.action_temperature
+            legal_actions = [legal for _, _, legal in rows]
             processors.append(
-                ActionLogits(
-                    self.agent_format,
-                    self.tokenizer,
-                    start,
-                    [request for _, _, request in rows],
-                    self.stop_tokens,
-                    temperature=self.temperature,
-                    action_temperature=self.action_temperature,
-                    tried=self.tried,
-                )
+                ActionLogits(factor, self.agent_format, self.tokenizer, start, legal_actions, self.stop_tokens)
             )
         recorder = TokenLogProbs(self.temperature) if self.logprobs else None
         if recorder is not None:
@@ -229,37 +208,30 @@ def _check_logits(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
 
 class ActionLogits(LogitsProcessor):
     """Gives each row that has come to its action a temperature of its own from there on and, where the environment
-    lists its legal actions, only these to choose from, by their tokens, what is tried often less than what is not.
+    lists its legal actions, only these to choose from, by their tokens.
 
     Args:
+        factor: of the logits: the temperature that `generate` applies after this processor, over the action's own.
         agent_format: tells whether a text has come to its action, and how an action ends it.
         tokenizer: gives the text, and the tokens.
         start: of the responses, as a position in `input_ids`.
-        requests: which the rows answer.
+        legal_actions: of each row; empty where there is no list.
         stop_tokens: that may follow an action of the list.
-        temperature: that `generate` applies after this processor.
-        action_temperature, tried: as `ModelPolicy`; an action of several tokens counts for each of them.
     """
 
     def __init__(
         self,
+        factor: float,
         agent_format: AgentFormat,
         tokenizer: PreTrainedTokenizerBase,
         start: int,
-        requests: list[Request],
+        legal_actions: list[tuple[str, ...]],
         stop_tokens: set[int],
-        *,
-        temperature: float = 0.0,
-        action_temperature: float | None = None,
-        tried: Callable[[Request, str], Mapping[str, int]] | None = None,
     ):
-        self.agent_format, self.tokenizer, self.start = agent_format, tokenizer, start
-        self.requests, self.stop_tokens = requests, stop_tokens
-        self.temperature, self.tried = temperature, tried
-        self.factor = 1.0 if action_temperature is None else temperature / action_temperature
-        # A row that has come to its action: how its tokens may go on, by its tokens, and how often they have; what is
-        # not there is free.
-        self.ways: dict[int, dict[tuple[int, ...], Counter[int]]] = {}
+        self.factor, self.agent_format, self.tokenizer, self.start = factor, agent_format, tokenizer, start
+        self.legal_actions, self.stop_tokens = legal_actions, sorted(stop_tokens)
+        # A row that has come to its action: how its tokens may go on, by its tokens; what is not there is free.
+        self.ways: dict[int, dict[tuple[int, ...], list[int]]] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
@@ -268,31 +240,27 @@ class ActionLogits(LogitsProcessor):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 if not self.agent_format.reaches_action(text):
                     continue
-                self.ways[row] = self._ways(text, tokens, self.requests[row])
-            scores[row] *= self.factor
-            if ways := self.ways[row].get(tuple(tokens)):
-                allowed = sorted(ways)
-                rarity = [NOVELTY_POWER * math.log1p(ways[token]) * self.temperature for token in allowed]
-                kept = scores[row, allowed] - scores.new_tensor(rarity)
+                self.ways[row] = self._ways(text, tokens, self.legal_actions[row])
+            if allowed := self.ways[row].get(tuple(tokens)):
+                kept = scores[row, allowed]
                 scores[row] = -torch.inf
                 scores[row, allowed] = kept
+            scores[row] *= self.factor
         return scores
 
-    def _ways(self, text: str, tokens: list[int], request: Request) -> dict[tuple[int, ...], Counter[int]]:
-        """For each beginning of a response that takes a legal action, from `tokens` on: the tokens that go on, and how
-        often the actions that they lead to were tried."""
-        ways: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-        counts = {} if self.tried is None or not request.legal_actions else self.tried(request, text)
-        for action in request.legal_actions:
+    def _ways(self, text: str, tokens: list[int], legal_actions: tuple[str, ...]) -> dict[tuple[int, ...], list[int]]:
+        """For each beginning of a response that takes a legal action, from `tokens` on: the tokens that go on."""
+        ways: dict[tuple[int, ...], set[int]] = {}
+        for action in legal_actions:
             whole = self.tokenizer(self.agent_format.replace_action(text, action), add_special_tokens=False)[
                 "input_ids"
             ]
             if whole[: len(tokens)] != tokens:  # its tokens would have been others before the action already
                 continue
             for end in range(len(tokens), len(whole)):
-                ways[tuple(whole[:end])][whole[end]] += counts.get(action.casefold(), 0)
-            ways[tuple(whole)].update(dict.fromkeys(self.stop_tokens, 0))
-        return ways
+                ways.setdefault(tuple(whole[:end]), set()).add(whole[end])
+            ways.setdefault(tuple(whole), set()).update(self.stop_tokens)
+        return {beginning: sorted(going_on) for beginning, going_on in ways.items()}
 
 
 class TokenLogProbs(LogitsProcessor):

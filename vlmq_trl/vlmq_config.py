@@ -141,13 +141,6 @@ class VLMQConfig(SFTConfig):
             Share of the collected episodes whose environment is reset with the seed of an earlier one, drawn by how
             much less than the best return that one last had (after prioritized level replay, arXiv 2010.03934). For
             environments in which nothing that the agent cannot see hangs on the seed.
-        rollout_novelty_fraction (`float`, *optional*, defaults to `0.0`):
-            Share of the collected episodes that prefer what was seldom done: the action is drawn from
-            pi(a|s) / (1 + N(s, a))^2 over the legal actions, where N(s, a) counts in how many turns of the buffer
-            the agent said the same before its action, given the same prompt, and then took this one (count-based
-            exploration with the reading as the hash, arXiv 1611.04717). For what is never found otherwise, several
-            improbable actions deep. Needs an environment that lists its `legal_actions`, and a format whose responses
-            read the state aloud.
         rollout_annealing_turns (`int`, *optional*, defaults to `0`):
             Collected turns over which these move from their start, linearly, round by round.
         rollout_seed (`int`, *optional*, defaults to `10_000_000`):
@@ -277,9 +270,6 @@ class VLMQConfig(SFTConfig):
     rollout_repeat_fraction: float = field(
         default=0.0, metadata={"help": "Share of the collected episodes that repeat an earlier one that went badly."}
     )
-    rollout_novelty_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the collected episodes that prefer what was seldom done."}
-    )
     rollout_annealing_turns: int = field(
         default=0, metadata={"help": "Collected turns from the first round's temperatures and epsilon to the others."}
     )
@@ -377,7 +367,6 @@ class VLMQConfig(SFTConfig):
             "rollout_epsilon",
             "rollout_epsilon_start",
             "rollout_repeat_fraction",
-            "rollout_novelty_fraction",
             "stop_at_success",
         ):
             value = getattr(self, name)

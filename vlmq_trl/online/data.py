@@ -23,7 +23,6 @@ from ..replay import Priorities, ReplayBuffer
 from ..rollout import ExploringPolicy, Policy, Rollouts, measures, metrics_of
 from ..sharding import ready_to_generate
 from ..vlmq_config import VLMQConfig
-from .novelty import ActionCounts
 from .schedule import Schedule, exploration, online_fraction
 
 # How long finished episodes may wait for their commit: what a crash can cost.
@@ -72,8 +71,6 @@ class OnlineData:
         self.priorities = Priorities() if args.replay_prioritized_fraction else None
         self.run = int(buffer.counters.get("run", 0))  # whose play it is
         self.returns: dict[int, float] = {}  # the last of each seed, as a round began
-        novelty = args.rollout_novelty_fraction
-        self.tried = ActionCounts(rollouts.agent_format, novelty, args.rollout_seed) if novelty else None
         self._failures_before = int(buffer.counters.get("env_failures", 0))
         self._counts: dict[str, int] | None = None  # of all processes, when they last counted
 
@@ -215,7 +212,6 @@ class OnlineData:
             logprobs=True,
             action_temperature=exploration(self.args, "rollout_action_temperature", turns),
             legal_actions_only=self.args.legal_actions_only,
-            tried=self.tried,
             agent_format=self.rollouts.agent_format,
         )
 
@@ -232,8 +228,6 @@ class OnlineData:
         answered, retokenized = (getattr(policy, name, 0) for name in ("responses", "retokenized"))
         if self.args.rollout_repeat_fraction:
             self.returns = dict(self._known_returns())
-        if self.tried is not None:
-            self.tried.count(buffer)
 
         def numbers() -> Iterator[int]:
             while self.own_turns + buffer.pending_turns + self.rollouts.turns_running < goal:
