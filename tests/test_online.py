@@ -22,8 +22,9 @@ from tests import tiny_models
 from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
 from vlmq_trl import EnvEvaluationCallback, losses
-from vlmq_trl.agent_format import CallableFormat, PlainFormat
+from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
+from vlmq_trl.envs import make_demonstrator
 from vlmq_trl.online import OnlineData, Schedule
 from vlmq_trl.online.asynchronous import changing, copy_of_policy
 from vlmq_trl.online.data import LEAST_PRIORITY, identity
@@ -31,7 +32,7 @@ from vlmq_trl.online.schedule import exploration, online_fraction
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
-from vlmq_trl.rollout import Response
+from vlmq_trl.rollout import DemonstratorPolicy, Response
 from vlmq_trl.trajectory import episodes_from_dataset, validate_trajectories
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
@@ -354,6 +355,56 @@ def test_a_model_that_cannot_act_explores_by_its_own_odds(tmp_path):
     assert {turn.action for turn in turns} == {"-", "+"} and all(turn.valid for turn in turns)
     chances = [np.exp(sum(turn.behavior_logprobs)) for turn in turns]
     assert all(0 < chance < 1 for chance in chances) and len(turns) > 10
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_what_was_said_before_the_action_counts_less(weight, tmp_path, monkeypatch):
+    """In the collected turns alone, and nothing but the action's own tokens is spared."""
+    fmt = JSONCoTFormat(reading_fields=("current number", "target number"))
+    player = DemonstratorPolicy(make_demonstrator(NUMBER_LINE, "random"), fmt)
+    trainer = make_trainer(
+        tmp_path,
+        dataset=text_number_line(agent_format=fmt),
+        init={"agent_format": fmt, "rollout_policy": player},
+        online_thought_weight=weight,
+        online_fraction=0.5,
+        filter="none",
+        max_completion_length=64,
+        max_steps=3,
+    )
+    batches, weights, seen = [], [], {False: 0, True: 0}
+    own, policy_loss = trainer.compute_loss, losses.policy_loss
+
+    def compute_loss(model, inputs, **kwargs):
+        batches.append({**inputs})
+        return own(model, inputs, **kwargs)
+
+    def recorded(log_probs, tokens, *args):
+        weights.append(tokens.tolist())
+        return policy_loss(log_probs, tokens, *args)
+
+    trainer.compute_loss = compute_loss
+    monkeypatch.setattr(losses, "policy_loss", recorded)
+    trainer.train()
+    assert len(batches) == len(weights) == 3
+    tokenizer, first_online = trainer.processing_class, len(trainer.train_dataset)
+    for batch, given in zip(batches, weights, strict=True):
+        for labels, row in zip(batch["labels"].tolist(), batch["turn_row"].tolist(), strict=False):
+            said = [token for token in labels if token != -100]
+            online = row >= first_online
+            seen[online] += 1
+            for k in range(len(said)):  # a token is the action's from where the text before it and it name the key
+                thought = '"action": ' not in tokenizer.decode(said[: k + 1])
+                assert given.pop(0) == (weight if thought and online else 1.0)
+        assert not given
+    assert min(seen.values()) >= 6
+    with pytest.raises(ValueError, match=r"`online_thought_weight=0.5` needs to know where a response comes to its"):
+        VLMQTrainer(
+            tiny_models.build("llama")[0],
+            config(tmp_path / "offline", online_thought_weight=0.5),
+            train_dataset=text_number_line(agent_format=fmt),
+            processing_class=tokenizer,
+        )
 
 
 def test_exploration_that_ends(tmp_path):

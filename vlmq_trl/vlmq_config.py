@@ -108,6 +108,11 @@ class VLMQConfig(SFTConfig):
             Turns that the first round collects, where that is more than `turns_per_round`.
         online_fraction (`float`, *optional*, defaults to `0.75`):
             Share of each batch's turns that comes from the collected data, the rest from the offline data.
+        online_thought_weight (`float`, *optional*, defaults to `1.0`):
+            Factor, in [0, 1], of the policy loss on what stands before the action in collected turns (lambda of
+            RL4VLM, arXiv 2405.10292); offline turns keep theirs. An agent that imitates what it said itself keeps its
+            misreadings, and the next round has more of them: below 1 its readings stay what they were taught to be,
+            and what it learns is what to do.
         online_fraction_start (`float`, *optional*):
             The share after `offline_steps`, from which it moves to `online_fraction`; constant when not given.
         online_fraction_steps (`int`, *optional*, defaults to `0`):
@@ -238,6 +243,9 @@ class VLMQConfig(SFTConfig):
     max_env_turns: int | None = field(default=None, metadata={"help": "Budget of environment turns; None: no limit."})
     replay_warmup_turns: int = field(default=0, metadata={"help": "Turns of the first round, if more than others'."})
     online_fraction: float = field(default=0.75, metadata={"help": "Share of a batch that was collected online."})
+    online_thought_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the loss on what stands before the action in collected turns."}
+    )
     online_fraction_start: float | None = field(
         default=None, metadata={"help": "The share after `offline_steps`; default: `online_fraction`."}
     )
@@ -367,6 +375,7 @@ class VLMQConfig(SFTConfig):
             "rollout_epsilon",
             "rollout_epsilon_start",
             "rollout_repeat_fraction",
+            "online_thought_weight",
             "stop_at_success",
         ):
             value = getattr(self, name)

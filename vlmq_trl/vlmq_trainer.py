@@ -192,10 +192,11 @@ class VLMQTrainer(SFTTrainer):
                 format_with_actions(eval_env, own_format)
             if train_dataset is not None:
                 warn_of_another_format(own_format, train_dataset)
-        scopes = [name for name in ("filter_scope", "critic_scope") if getattr(args, name) == "action"]
-        if scopes and own_format is None:
+        split = [f"{name}='action'" for name in ("filter_scope", "critic_scope") if getattr(args, name) == "action"]
+        split += [f"online_thought_weight={args.online_thought_weight}"] if args.online_thought_weight != 1 else []
+        if split and own_format is None:
             raise ValueError(
-                f"`{scopes[0]}='action'` needs to know where a response comes to its action: give `agent_format`, or "
+                f"`{split[0]}` needs to know where a response comes to its action: give `agent_format`, or "
                 "an environment (`env` or `eval_env`), whose own format is taken."
             )
         self.eval_env, self.agent_format = eval_env, agent_format
@@ -251,7 +252,7 @@ class VLMQTrainer(SFTTrainer):
             self.processing_class,
             args.max_length,
             args.pad_to_multiple_of,
-            action_format=own_format if scopes else None,
+            action_format=own_format if split else None,
         )
 
         # `compute_loss` divides by the number of tokens in all micro-batches, whatever the model's own loss would do.
@@ -531,6 +532,9 @@ class VLMQTrainer(SFTTrainer):
                 )
                 if args.filter_scope == "action":
                     weights = torch.where(turns["action_mask"], weights, torch.ones_like(weights))
+        if args.online_thought_weight != 1 and self._online is not None and mode == "train":
+            thought = self._collected(inputs["labels"], turns) & ~turns["action_mask"]
+            weights = torch.where(thought, args.online_thought_weight * weights, weights)
         policy = losses.policy_loss(output.log_probs, weights, num_tokens)
         critic = sum(parts.values(), torch.zeros_like(policy)) / num_tokens
         loss = policy + args.critic_coef * critic if self._with_critic else policy
@@ -547,6 +551,12 @@ class VLMQTrainer(SFTTrainer):
                 f"{saved}. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
             )
         return (loss, output) if return_outputs else loss
+
+    def _collected(self, labels: Tensor, turns: dict[str, Tensor]) -> Tensor:
+        """[A] whether a token is of a turn that was collected online."""
+        assert self._online is not None
+        turn_of_token = (labels[:, 1:] != -100).nonzero()[:, 0]
+        return (turns["turn_row"] >= self._online.buffer.num_offline)[turn_of_token]
 
     def _record_critic(self, judged: CriticLosses, turns: dict[str, Tensor], mode: str) -> None:
         """For the targets' moments, the log, and the replay's priorities."""
