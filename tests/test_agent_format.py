@@ -153,6 +153,19 @@ def test_chain_of_thought_reads_before_it_acts():
         JSONCoTFormat(reading_fields=("action",))
 
 
+def test_whether_it_reads_the_state_as_it_is():
+    fmt = JSONCoTFormat(reading_fields=("cards", "formula"))
+    state = {"cards": "[2, K]", "formula": '2 "+"'}
+    right = fmt.render("+", state, "so")
+    assert fmt.reads(right, state) is True and fmt.reads(right[: right.index('"thoughts"')], state) is True
+    assert fmt.reads(fmt.render("+", {**state, "cards": "[2, Q]"}), state) is False
+    assert fmt.reads('{"action": "+"}', state) is False
+    assert fmt.reads(right, {"cards": "[2, K]"}) is None  # the environment does not tell
+    assert JSONCoTFormat().reads(right, state) is None and PlainFormat().reads("+", state) is None
+    assert CallableFormat(base=fmt).reads(right, state) is True
+    assert CallableFormat(base=fmt, render_fn=lambda action, reading, thoughts: action).reads(right, state) is None
+
+
 def test_prompt_without_history():
     messages, images = PlainFormat().build_prompt("Play.", {"image": IMAGE, "text": "You see a door."})
     parts = [{"type": "image"}, {"type": "text", "text": "Play.\nYou see a door."}]

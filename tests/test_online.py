@@ -398,6 +398,9 @@ def test_what_was_said_before_the_action_counts_less(weight, tmp_path, monkeypat
                 assert given.pop(0) == (weight if thought and online else 1.0)
         assert not given
     assert min(seen.values()) >= 6
+    log = trainer.state.log_history
+    assert {entry["rollout_reading_rate"] for entry in log if "rollout_round" in entry} == {1.0}
+    assert trainer.evaluate()["eval_reading_rate"] == 0  # an untrained model reads nothing
     with pytest.raises(ValueError, match=r"`online_thought_weight=0.5` needs to know where a response comes to its"):
         VLMQTrainer(
             tiny_models.build("llama")[0],

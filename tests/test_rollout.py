@@ -420,6 +420,31 @@ def test_collect_with_other_formats_and_players(tmp_path):
     )
 
 
+@pytest.mark.parametrize("workers", [False, True])
+def test_readings_are_compared_with_the_state_before_the_action(workers):
+    said = {"current number": "1", "target number": "3"}
+    fmt = JSONCoTFormat(reading_fields=tuple(said))
+
+    class Reads:
+        def act(self, requests):
+            return [Response(fmt.render("+", said, "")) for _ in requests]
+
+    episodes = list(play_episodes(NUMBER_LINE, Reads(), episodes=30, seed=0, num_envs=4, workers=workers))
+    env, right = gymnasium.make(NUMBER_LINE).unwrapped, []
+    for episode in episodes:
+        env.reset(seed=episode.seed)
+        for turn in episode.turns:
+            assert turn.read_right == (env.state_text() == said)
+            right.append(turn.read_right)
+            env.step("+")
+    assert 0 < sum(right) < len(right)
+    assert episode_metrics(episodes)["reading_rate"] == pytest.approx(sum(right) / len(right))
+    expert = DemonstratorPolicy(make_demonstrator(NUMBER_LINE, "flawed"), fmt)
+    assert episode_metrics(play_episodes(NUMBER_LINE, expert, episodes=5))["reading_rate"] == 1
+    plain = play_episodes(NUMBER_LINE, expert, episodes=5, agent_format=PlainFormat())
+    assert "reading_rate" not in episode_metrics(plain)
+
+
 def test_episode_metrics():
     def episode(rewards, valid):
         turns = tuple(Turn([], [], "", reward, "", ok) for reward, ok in zip(rewards, valid, strict=True))

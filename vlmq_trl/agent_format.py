@@ -163,6 +163,10 @@ class AgentFormat:
         """The action in `response`. Total: never raises, linear time."""
         raise NotImplementedError
 
+    def reads(self, response: str, reading: Mapping[str, str]) -> bool | None:
+        """Whether `response` reads the state aloud as `reading` has it; None where the format reads nothing aloud."""
+        return None
+
     def reaches_action(self, response: str) -> bool:
         """Whether a response that has come so far has come to its action: where `action_temperature` and
         `legal_actions_only` begin, and the scope "action" of filter and critic."""
@@ -340,6 +344,12 @@ class JSONCoTFormat(AgentFormat):
     def parse(self, response: str) -> ParsedAction:
         return parse_json_action(response)
 
+    def reads(self, response: str, reading: Mapping[str, str]) -> bool | None:
+        if not self.reading_fields or not all(key in reading for key in self.reading_fields):
+            return None
+        pairs = (json.dumps({key: str(reading[key])}, ensure_ascii=False)[1:-1] for key in self.reading_fields)
+        return all(pair in response for pair in pairs)
+
     def reaches_action(self, response: str) -> bool:
         return _ACTION_KEY.search(response) is not None
 
@@ -400,6 +410,9 @@ class CallableFormat(AgentFormat):
         if isinstance(parsed, ParsedAction):
             parsed = parsed.action if parsed.valid else None
         return _accept(parsed) if isinstance(parsed, str) else INVALID
+
+    def reads(self, response: str, reading: Mapping[str, str]) -> bool | None:
+        return self.base.reads(response, reading) if self.render_fn is None else None
 
     def reaches_action(self, response: str) -> bool:
         return self.base.reaches_action(response)

@@ -29,7 +29,7 @@ from .sharding import assign, gathered, is_sharded, whole
 
 RECORDS_NAME = "env_evaluation.json"
 BEST_NAME = "env_best.safetensors"
-COPIED = ("mean_return", "return_low", "return_high", "mean_turns", "valid_rate", "episodes")
+COPIED = ("mean_return", "return_low", "return_high", "mean_turns", "valid_rate", "episodes", "reading_rate")
 
 
 class EnvEvaluationCallback(TrainerCallback):
@@ -61,8 +61,9 @@ class EnvEvaluationCallback(TrainerCallback):
     Attributes:
         history: one record an evaluation, in order: `step`, `success_rate` with its 95 % Wilson interval `low` to
             `high`, `mean_return`, `return_low`, `return_high`, `mean_turns`, `valid_rate`, `episodes`, `seconds` (of
-            the evaluation) and `train_seconds` (since training began, evaluations left out); of a trainer that
-            collects play also `env_turns`, environment turns so far.
+            the evaluation) and `train_seconds` (since training began, evaluations left out); `reading_rate`, the share
+            of answers that read the state aloud as it is, where format and environment make it known; of a trainer
+            that collects play also `env_turns`, environment turns so far.
         best: the best record, None before the first evaluation.
         restored_step: the step whose weights `restore_best` has put back, None before.
 
@@ -218,7 +219,7 @@ class EnvEvaluationCallback(TrainerCallback):
             "success_rate": played["success_rate"],
             "low": played["success_rate_low"],
             "high": played["success_rate_high"],
-            **{name: played[name] for name in COPIED},
+            **{name: played[name] for name in COPIED if name in played},
             "seconds": seconds,
             "train_seconds": start - self._began - self._evaluating,
         }

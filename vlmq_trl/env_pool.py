@@ -75,6 +75,7 @@ class Outcome:
     terminated: bool = False
     truncated: bool = False
     valid: bool = True  # info["valid"] where the environment says so
+    reading: Mapping[str, str] | None = None  # what a right reading of the observation says, where it is told
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def _outcome(env: gymnasium.Env, observation: Any, **rest: Any) -> Outcome:
             (said or "").encode()
         except UnicodeEncodeError:
             raise _Misfit("observation", f"gave the {what} {said!a:.100}, which is not valid Unicode,") from None
+    if not (rest.get("terminated") or rest.get("truncated")) and env.has_wrapper_attr("state_text"):
+        rest["reading"] = env.get_wrapper_attr("state_text")()
     return Outcome(observation, task, legal, **rest)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -145,6 +146,7 @@ class _Running:
     prompt: list[dict[str, Any]]
     images: list[np.ndarray]
     legal_actions: tuple[str, ...]
+    reading: Mapping[str, str] | None
     history: deque[Exchange]
     turns: list[Turn] = field(default_factory=list)
 
@@ -355,7 +357,15 @@ class Rollouts:
                     rng = np.random.default_rng((self._seed + number, 1))
                     history: deque[Exchange] = deque(maxlen=self.agent_format.history)
                     self._running[k] = _Running(
-                        number, seed, rng, answer.observation, prompt, images, answer.legal_actions, history
+                        number,
+                        seed,
+                        rng,
+                        answer.observation,
+                        prompt,
+                        images,
+                        answer.legal_actions,
+                        answer.reading,
+                        history,
                     )
 
     def _turn(self, responses: dict[int, Response]) -> Iterator[Episode]:
@@ -379,6 +389,7 @@ class Rollouts:
                 action=actions[k],
                 valid=parsed[k].valid and answer.valid,
                 behavior_logprobs=responses[k].behavior_logprobs,
+                read_right=None if one.reading is None else self.agent_format.reads(responses[k].text, one.reading),
             )
             episode = self._take(one, turn, answer)
             if episode is not None:
@@ -393,7 +404,7 @@ class Rollouts:
         """Adds a turn to its episode in place; the episode if it has ended."""
         one.turns.append(turn)
         one.history.append(Exchange(one.observation, turn.completion))
-        one.observation, one.legal_actions = answer.observation, answer.legal_actions
+        one.observation, one.legal_actions, one.reading = answer.observation, answer.legal_actions, answer.reading
         terminated, truncated = answer.terminated, answer.truncated
         if self._max_turns is not None and len(one.turns) >= self._max_turns and not terminated:
             truncated = True
@@ -615,14 +626,19 @@ def episode_metrics(episodes: Iterable[Episode], confidence: float = 0.95) -> di
     return metrics_of([measures(episode) for episode in episodes], confidence)
 
 
-def measures(episode: Episode) -> tuple[float, int, float]:
-    """Of an episode, what `metrics_of` needs: its return, its turns, its fraction of valid responses."""
-    return episode.return_, len(episode.turns), episode.valid_rate
+def measures(episode: Episode) -> tuple[float, int, float, float]:
+    """Of an episode, what `metrics_of` needs: its return, its turns, its fractions of valid responses and of right
+    readings (NaN: not known)."""
+    return episode.return_, len(episode.turns), episode.valid_rate, episode.reading_rate
 
 
-def metrics_of(rows: Sequence[tuple[float, int, float]], confidence: float = 0.95) -> dict[str, float]:
-    """`EpisodeMetrics` of the `measures` of episodes."""
+def metrics_of(rows: Sequence[tuple[float, int, float, float]], confidence: float = 0.95) -> dict[str, float]:
+    """`EpisodeMetrics` of the `measures` of episodes; `reading_rate` (over all turns) where readings are known."""
     if not rows:
         raise ValueError("There are no episodes to measure.")
-    returns, turns, valid = zip(*rows, strict=True)
-    return load_metric().compute(returns=returns, turns=turns, valid=valid, confidence=confidence)
+    returns, turns, valid, read = zip(*rows, strict=True)
+    metrics = load_metric().compute(returns=returns, turns=turns, valid=valid, confidence=confidence)
+    known = [(rate, count) for rate, count in zip(read, turns, strict=True) if not math.isnan(rate)]
+    if known:
+        metrics["reading_rate"] = sum(rate * count for rate, count in known) / sum(count for _, count in known)
+    return metrics

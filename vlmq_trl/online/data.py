@@ -352,7 +352,7 @@ class Played:
         responses, retokenized: as `ModelPolicy` counts them.
     """
 
-    episodes: list[tuple[float, int, float]] = field(default_factory=list)
+    episodes: list[tuple[float, int, float, float]] = field(default_factory=list)
     seconds: float = 0.0
     responses: int = 0
     retokenized: int = 0
@@ -363,7 +363,7 @@ def measure(round: int, parts: Sequence[Played]) -> dict[str, float]:
     episodes = [episode for part in parts for episode in part.episodes]
     if not episodes:  # the rounds before went over their goal by as much
         return {}
-    seconds, turns = max(part.seconds for part in parts), sum(turns for _, turns, _ in episodes)
+    seconds, turns = max(part.seconds for part in parts), sum(row[1] for row in episodes)
     logs = {"rollout_round": round, **{f"rollout_{name}": float(x) for name, x in metrics_of(episodes).items()}}
     logs |= {"rollout_seconds": seconds, "rollout_turns_per_second": turns / max(seconds, 1e-9)}
     if responses := sum(part.responses for part in parts):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -80,6 +81,7 @@ class Turn:
     action: str = ""  # the parsed action; "" when the response did not parse
     valid: bool = True
     behavior_logprobs: list[float] | None = None  # per completion token, end token included
+    read_right: bool | None = None  # whether the response reads the state as it is; None: not known
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,12 @@ class Episode:
     def valid_rate(self) -> float:
         """Fraction of turns with a valid response."""
         return sum(turn.valid for turn in self.turns) / len(self.turns) if self.turns else 0.0
+
+    @property
+    def reading_rate(self) -> float:
+        """Fraction of right readings among the turns of which it is known; NaN without such."""
+        known = [turn.read_right for turn in self.turns if turn.read_right is not None]
+        return sum(known) / len(known) if known else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
