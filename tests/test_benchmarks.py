@@ -317,6 +317,15 @@ def test_tables_see_the_data_of_the_models(game):
     assert sum(best) == pytest.approx(rewards)
 
 
+def test_a_table_improves_itself(monkeypatch):
+    monkeypatch.setattr(tabular, "BUDGET", 3000)
+    result = tabular.measure_online("EZPoints", 0)
+    assert 3000 <= result["turns"] <= 3005 and result["test_episodes"] == 1000
+    assert result["successes"]["start"] < result["successes"]["online"]
+    row = tabular.online_section([result | {"setting": setting} for setting in online.SETTINGS]).splitlines()[2]
+    assert row.startswith("| NumberLine, flawed:0.6 | **") and row.count("%") == 0
+
+
 # ---- other domains ----
 
 
