@@ -29,11 +29,12 @@ from vlmq_trl.online import OnlineData, Schedule
 from vlmq_trl.online.asynchronous import changing, copy_of_policy
 from vlmq_trl.online.data import LEAST_PRIORITY, identity
 from vlmq_trl.online.schedule import exploration, online_fraction
+from vlmq_trl.online.search import VisitedStates
 from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
-from vlmq_trl.rollout import DemonstratorPolicy, Response
-from vlmq_trl.trajectory import episodes_from_dataset, validate_trajectories
+from vlmq_trl.rollout import DemonstratorPolicy, Request, Response
+from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, episodes_from_dataset, validate_trajectories
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 SMALL = {
@@ -89,6 +90,13 @@ class OpenEnded(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         return {"text": "say"}, {}
+
+
+class Mute:
+    """A policy that is no model."""
+
+    def act(self, requests):
+        return [Response("")] * len(requests)
 
 
 class StopAt(TrainerCallback):
@@ -410,6 +418,111 @@ def test_what_was_said_before_the_action_counts_less(weight, tmp_path, monkeypat
         )
 
 
+class Doors(gymnasium.Env):
+    """Two rooms with four doors each; one door of each leads on."""
+
+    observation_space = gymnasium.spaces.Dict({"text": gymnasium.spaces.Text(99)})
+    action_space = gymnasium.spaces.Text(99)
+    task, legal_actions = "Which door?", ("a", "b", "c", "D")
+
+    def __init__(self, right=("a", "a")):
+        self.right = right
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.taken = ()
+        return {"text": "outside"}, {}
+
+    def step(self, action):
+        self.taken += (action,)
+        return {"text": f"behind {action}"}, float(self.taken == self.right), len(self.taken) == 2, False, {}
+
+
+def test_search_finds_what_the_policy_hardly_ever_does(tmp_path):
+    run = {"rollout_action_temperature": 0.5, "learning_rate": 1e-9, "turns_per_round": 16, "updates_per_turn": 1 / 16}
+
+    def played(name, right, fraction):
+        """[N, 2] doors of the episodes, in order."""
+        env = functools.partial(Doors, right)
+        make_trainer(tmp_path / name, env=env, max_steps=20, rollout_search_fraction=fraction, **run).train()
+        return [tuple(turn.action for turn in episode.turns) for episode in collected(tmp_path / name)]
+
+    plain = played("plain", ("a", "a"), 0.0)
+    rare = [sorted("abcD", key=[doors[room] for doors in plain].count)[1] for room in (0, 1)]
+    right = (rare[0], rare[1])
+    assert plain.count(right) < 0.1 * len(plain), "so it is not found by chance soon"
+    searched = played("search", right, 1.0)
+    assert searched[len(searched) // 2 :].count(right) > 0.8 * len(searched) / 2
+    half = played("half", right, 0.5)
+    assert 0.3 * len(half) / 2 < half[len(half) // 2 :].count(right) < 0.7 * len(half) / 2
+
+
+def test_what_is_known_to_be_worse_is_left(tmp_path):
+    """By prompt and by what is said before the action, whatever its spelling; the offline turns count, evicted ones do
+    not."""
+    fmt = JSONCoTFormat(reading_fields=("room",))
+    legal = ("Left", "Right", "up")
+
+    def request(task="go", episode=0):
+        return Request(None, [{"role": "user", "content": task}], [], np.random.default_rng(0), legal, episode)
+
+    def said(room, action=""):
+        return fmt.render(action, {"room": room})
+
+    def played(number, *turns):
+        """Of (room, action, reward)."""
+        return Episode(
+            f"e{number}",
+            tuple(
+                Turn([{"role": "user", "content": [{"type": "text", "text": "go"}]}], [], said(room, action), reward)
+                for room, action, reward in turns
+            ),
+            True,
+            False,
+            seed=number,
+        )
+
+    visited = VisitedStates(fmt, 1.0, seed=0)
+
+    def left(room, task="go"):
+        return tuple(visited(request(task), said(room)[:-2]))
+
+    offline = dataset_from_episodes([played(0, ("1", "left", 0.0), ("2", "LEFT", 5.0))])
+    with ReplayBuffer(tmp_path, with_images=False, capacity=3) as buffer:
+        buffer.add_offline(offline, validate_trajectories(offline))
+        assert left("1") == left("2") == legal
+        visited.count(buffer)
+        assert left("1") == left("2") == ("Left",), "it had the highest return"
+        first = played(1, ("1", "Right", -1.0), ("3", "up", 0.0))
+        visited.add(first)
+        visited.add(played(2, ("1", "Left", 0.0), ("2", "Left", 0.0)))
+        # Right cost 1, and at best 5 follow; Left led to where something is unknown, but not to 5 the last time.
+        assert visited(request(), said("1", "Ri")) == {"Left": 2, "up": 0}
+        assert left("2") == ("Right", "up"), "2.5 on the average, and 5 may be had elsewhere"
+        assert left("1", task="stay") == legal and left("3") == ("Left", "Right")
+        visited.add(played(3, ("3", "Left", 0.0)))
+        visited.add(played(4, ("3", "Right", 2.0)))
+        assert left("3") == ("Right",), "all were tried"
+        visited.add(played(5, ("1", "up", 0.0), ("3", "Right", 0.0)))
+        assert left("1") == ("Left",), "up leads to where 1 is to be had on the average"
+        visited.add(played(6, ("5", "Left", 0.0), ("5", "right", 0.0), ("5", "Up", 0.0)))
+        assert left("5") == ("Left", "Right"), "what leads back counts as unknown, Up ends with nothing"
+
+        buffer.append(first, round=1)
+        buffer.commit()
+        visited.count(buffer)
+        assert left("3") == ("Left", "Right"), "as if it had been there all along"
+        buffer.append(played(7, ("4", "up", -2.0), ("4", "up", 0.0)), round=2)
+        buffer.commit()
+        visited.count(buffer)
+        assert left("3") == legal and left("1") == ("Left",), "the first online episode is gone"
+        few = VisitedStates(fmt, 0.3, seed=0)
+        few.count(buffer)
+        tells = [len(few(request(episode=number), said("1")[:-2])) == 1 for number in range(1000)]
+        assert 0.25 < np.mean(tells) < 0.35
+        assert tells == [len(few(request(episode=number), said("1")[:-2])) == 1 for number in range(1000)]
+
+
 def test_exploration_that_ends(tmp_path):
     """All of the first round's actions are explored, none of the last round's."""
     trainer = make_trainer(
@@ -673,7 +786,16 @@ def test_what_tells_factories_apart_is_the_same_in_another_process():
         ({"max_steps": -1}, "set `max_steps`.*or `max_env_turns`"),
         ({"offline_steps": 3}, "`offline_steps=3` needs a `train_dataset`"),
         ({"rollout_seed": 1_000_001}, "collection would come to play the evaluation's episodes"),
-        ({"rollout_epsilon": 0.1, "env": OpenEnded}, "needs to know what can be done"),
+        ({"rollout_epsilon": 0.1, "env": OpenEnded}, "`rollout_epsilon=0.1` needs to know what can be done"),
+        ({"rollout_search_fraction": 0.1, "env": OpenEnded}, "`rollout_search_fraction=0.1` needs to know what can"),
+        (
+            {"rollout_search_fraction": 0.1, "init": {"rollout_policy": Mute()}},
+            "`rollout_search_fraction` binds the model's own answers",
+        ),
+        (
+            {"rollout_search_fraction": 0.1, "env": NUMBER_LINE, "name": "idefics3"},
+            "in the format 'plain' it says nothing: all pictures would be one state",
+        ),
         ({"dataset": number_line}, "shows text only, the training data pictures"),
     ],
 )

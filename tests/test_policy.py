@@ -230,6 +230,7 @@ def test_the_action_has_a_temperature_of_its_own():
 
 
 LEGAL = ("turn left", "turn right", "go", 'say "é"')
+REQUESTS = [Request(None, [], [], np.random.default_rng(0), LEGAL)]
 
 
 def test_the_action_is_one_of_the_legal_ones():
@@ -247,6 +248,44 @@ def test_the_action_is_one_of_the_legal_ones():
         (log_prob,) = {round(sum(r.behavior_logprobs), 4) for r in responses if r.text == action}
         share = sum(response.text == action for response in responses) / len(responses)
         assert abs(share - np.exp(log_prob)) < 0.06
+
+
+def test_the_choice_may_be_narrowed():
+    """By request, once the response has come to its action; among what is left pi(a) / (1 + N(a))^2."""
+    model, processor = tiny_models.build("llama")
+    model.eval()
+    (request,) = requests_for(["up"], "llama")
+    requests = [replace(request, legal_actions=LEGAL, episode=k % 2) for k in range(400)]
+    common = {"temperature": 0.7, "max_completion_length": 24, "logprobs": True, "batch_size": 400}
+    common |= {"action_temperature": 1.3, "agent_format": PlainFormat()}
+    asked = []
+
+    def choices(request, said):
+        asked.append(said)
+        return dict.fromkeys(LEGAL, 0) if request.episode else {"turn left": 1, "turn right": 1, 'say "é"': 1, "go": 1}
+
+    def drawn(**kwargs):
+        torch.manual_seed(0)
+        return ModelPolicy(model, processor, **common, **kwargs).act(requests)
+
+    def first(responses):
+        """By how they begin, the probability of the first token."""
+        return {response.text.split()[0]: np.exp(response.behavior_logprobs[0]) for response in responses}
+
+    free, responses = first(drawn()), drawn(choices=choices)
+    assert asked == [""] * 400
+    assert first(responses[1::2]) == pytest.approx(free), "nothing narrows it"
+    # The two that begin alike were taken twice together.
+    weights = {"turn": free["turn"] / 3**2, "go": free["go"] / 2**2, "say": free["say"] / 2**2}
+    expected = {begun: weight / sum(weights.values()) for begun, weight in weights.items()}
+    searched = first(responses[::2])
+    assert {begun: searched[begun] for begun in expected} == pytest.approx(expected, rel=1e-3)
+    for begun, chance in expected.items():
+        assert np.mean([r.text.startswith(begun) for r in responses[::2]]) == pytest.approx(chance, abs=0.12)
+    few = drawn(choices=lambda request, said: {"go": 3})
+    assert {(response.text, sum(response.behavior_logprobs)) for response in few} == {("go", 0.0)}
+    with pytest.raises(ValueError, match="`choices` needs `agent_format`"):
+        ModelPolicy(model, processor, temperature=1.0, choices=choices)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -278,7 +317,7 @@ def test_the_tokens_of_the_legal_actions(name):
     whole = tokenizer(min(texts), add_special_tokens=False)["input_ids"]
     begun = next(n for n in range(len(whole)) if fmt.reaches_action(tokenizer.decode(whole[:n])))
     stop = tokenizer.eos_token_id
-    logits = ActionLogits(0.5, fmt, tokenizer, 0, [LEGAL], {stop})
+    logits = ActionLogits(fmt, tokenizer, 0, REQUESTS, {stop}, temperature=0.5, action_temperature=1.0)
     found, ends = [whole[:begun]], []
     while found:
         tokens = found.pop()
@@ -289,7 +328,9 @@ def test_the_tokens_of_the_legal_actions(name):
         found += [[*tokens, token] for token in allowed if token != stop]
     assert {tokenizer.decode(tokens) for tokens in ends} == texts
     untouched = torch.ones(1, len(tokenizer))
-    before = ActionLogits(0.5, fmt, tokenizer, 0, [LEGAL], {stop})(torch.tensor([whole[: begun - 1]]), untouched)
+    before = ActionLogits(fmt, tokenizer, 0, REQUESTS, {stop}, temperature=0.5, action_temperature=1.0)(
+        torch.tensor([whole[: begun - 1]]), untouched
+    )
     assert torch.equal(before, untouched)
 
 

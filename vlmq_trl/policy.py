@@ -5,6 +5,9 @@ Contents: `render`, `OwnGenerationConfig`, `ModelPolicy`, `ActionLogits`, `Token
 `evaluate_model`.
 """
 
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -28,6 +31,11 @@ from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
 from .trajectory import flatten_content
+
+# Of a request and what its response says before the action: the actions to choose from, and how often each was taken.
+Choices = Callable[[Request, str], Mapping[str, int]]
+
+RARITY_POWER = 2  # how fast an action that is taken loses weight: with 1 what the policy is sure of hardly gives way
 
 
 def render(
@@ -70,6 +78,9 @@ class ModelPolicy:
             legal actions it is one of them.
         legal_actions_only: once a response has come to its action, this is one of those that the environment lists as
             legal now (where it lists any), the most likely or a sample among them.
+        choices: of a request and what its response says before the action: those of the legal actions that may be
+            taken, of which the response then takes one, and how often each was taken there. The policy is
+            pi(a|s) / (1 + N(s, a))^2 then, so that among these what is rare comes up.
         agent_format: tells where that is.
 
     Attributes:
@@ -79,7 +90,7 @@ class ModelPolicy:
 
     Raises:
         ValueError: `logprobs` or `action_temperature` with temperature 0; `action_temperature` or
-            `legal_actions_only` without `agent_format`.
+            `legal_actions_only` or `choices` without `agent_format`.
         FloatingPointError: from `act`, if the model's logits are not numbers.
     """
 
@@ -94,20 +105,20 @@ class ModelPolicy:
         logprobs: bool = False,
         action_temperature: float | None = None,
         legal_actions_only: bool = False,
+        choices: Choices | None = None,
         agent_format: AgentFormat | None = None,
     ):
         if logprobs and not temperature:
             raise ValueError("`logprobs=True` needs a temperature above 0: a greedy answer has no distribution.")
         if action_temperature is not None and (not temperature or agent_format is None):
             raise ValueError("`action_temperature` needs a temperature above 0, and `agent_format`.")
-        if legal_actions_only and agent_format is None:
-            raise ValueError(
-                "`legal_actions_only` needs `agent_format`, which tells where a response's action begins."
-            )
+        if (legal_actions_only or choices is not None) and agent_format is None:
+            name = "legal_actions_only" if legal_actions_only else "choices"
+            raise ValueError(f"`{name}` needs `agent_format`, which tells where a response's action begins.")
         self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.temperature, self.logprobs = temperature, logprobs
         self.action_temperature, self.agent_format = action_temperature, agent_format
-        self.legal_actions_only = legal_actions_only
+        self.legal_actions_only, self.choices = legal_actions_only, choices
         self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # `generate` would sample from the 50 likeliest tokens.
@@ -124,18 +135,18 @@ class ModelPolicy:
 
     def act(self, requests: list[Request]) -> list[Response]:
         """Answers all requests."""
-        rows = [(*render(self.processing_class, request), request.legal_actions) for request in requests]
+        rows = [(*render(self.processing_class, request), request) for request in requests]
         if self.memory is None:
             return self._generate_all(rows)
         keys = [
-            (text, legal, *((image.shape, sha256(image.tobytes()).digest()) for image in images))
-            for text, images, legal in rows
+            (text, request.legal_actions, *((image.shape, sha256(image.tobytes()).digest()) for image in images))
+            for text, images, request in rows
         ]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.memory}
         self.memory.update(zip(new, self._generate_all(list(new.values())), strict=True))
         return [self.memory[key] for key in keys]
 
-    def _generate_all(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
+    def _generate_all(self, rows: list[tuple[str, list[np.ndarray], Request]]) -> list[Response]:
         return [
             response
             for start in range(0, len(rows), self.batch_size)
@@ -143,7 +154,7 @@ class ModelPolicy:
         ]
 
     @torch.no_grad()
-    def _generate(self, rows: list[tuple[str, list[np.ndarray], tuple[str, ...]]]) -> list[Response]:
+    def _generate(self, rows: list[tuple[str, list[np.ndarray], Request]]) -> list[Response]:
         images = [pictures(images) for _, images, _ in rows]
         kwargs = {"images": images} if any(images) else {}
         inputs = turn_processor(self.processing_class)(
@@ -156,11 +167,20 @@ class ModelPolicy:
         ).to(self.model.device)
         start = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList([_check_logits])
-        if self.agent_format is not None and (self.action_temperature is not None or self.legal_actions_only):
-            factor = 1.0 if self.action_temperature is None else self.temperature / self.action_temperature
-            legal_actions = [legal for _, _, legal in rows]
+        if self.agent_format is not None and (
+            self.action_temperature is not None or self.legal_actions_only or self.choices is not None
+        ):
             processors.append(
-                ActionLogits(factor, self.agent_format, self.tokenizer, start, legal_actions, self.stop_tokens)
+                ActionLogits(
+                    self.agent_format,
+                    self.tokenizer,
+                    start,
+                    [request for _, _, request in rows],
+                    self.stop_tokens,
+                    temperature=self.temperature,
+                    action_temperature=self.action_temperature,
+                    choices=self.choices or _all_legal,
+                )
             )
         recorder = TokenLogProbs(self.temperature) if self.logprobs else None
         if recorder is not None:
@@ -196,6 +216,10 @@ class ModelPolicy:
         return None
 
 
+def _all_legal(request: Request, said: str) -> Mapping[str, int]:
+    return dict.fromkeys(request.legal_actions, 0)
+
+
 def _check_logits(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """A logits processor: a broken model would answer nonsense greedily, and sampling says nothing of the cause."""
     if not torch.isfinite(scores.amax(-1)).all():
@@ -211,27 +235,34 @@ class ActionLogits(LogitsProcessor):
     lists its legal actions, only these to choose from, by their tokens.
 
     Args:
-        factor: of the logits: the temperature that `generate` applies after this processor, over the action's own.
         agent_format: tells whether a text has come to its action, and how an action ends it.
         tokenizer: gives the text, and the tokens.
         start: of the responses, as a position in `input_ids`.
-        legal_actions: of each row; empty where there is no list.
+        requests: that the rows answer.
         stop_tokens: that may follow an action of the list.
+        temperature: that `generate` applies after this processor.
+        action_temperature, choices: as `ModelPolicy`; what several actions begin with was taken as often as they were.
     """
 
     def __init__(
         self,
-        factor: float,
         agent_format: AgentFormat,
         tokenizer: PreTrainedTokenizerBase,
         start: int,
-        legal_actions: list[tuple[str, ...]],
+        requests: list[Request],
         stop_tokens: set[int],
+        *,
+        temperature: float = 0.0,
+        action_temperature: float | None = None,
+        choices: Choices = _all_legal,
     ):
-        self.factor, self.agent_format, self.tokenizer, self.start = factor, agent_format, tokenizer, start
-        self.legal_actions, self.stop_tokens = legal_actions, sorted(stop_tokens)
-        # A row that has come to its action: how its tokens may go on, by its tokens; what is not there is free.
-        self.ways: dict[int, dict[tuple[int, ...], list[int]]] = {}
+        self.agent_format, self.tokenizer, self.start = agent_format, tokenizer, start
+        self.requests, self.stop_tokens, self.choices = requests, stop_tokens, choices
+        self.temperature = temperature
+        self.factor = 1.0 if action_temperature is None else temperature / action_temperature
+        # A row that has come to its action: how its tokens may go on, by its tokens, and how often they have; what is
+        # not there is free.
+        self.ways: dict[int, dict[tuple[int, ...], Counter[int]]] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
@@ -240,27 +271,30 @@ class ActionLogits(LogitsProcessor):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 if not self.agent_format.reaches_action(text):
                     continue
-                self.ways[row] = self._ways(text, tokens, self.legal_actions[row])
-            if allowed := self.ways[row].get(tuple(tokens)):
-                kept = scores[row, allowed]
+                self.ways[row] = self._ways(text, tokens, self.choices(self.requests[row], text))
+            scores[row] *= self.factor
+            if ways := self.ways[row].get(tuple(tokens)):
+                allowed = sorted(ways)
+                rarity = [RARITY_POWER * math.log1p(ways[token]) * self.temperature for token in allowed]
+                kept = scores[row, allowed] - scores.new_tensor(rarity)
                 scores[row] = -torch.inf
                 scores[row, allowed] = kept
-            scores[row] *= self.factor
         return scores
 
-    def _ways(self, text: str, tokens: list[int], legal_actions: tuple[str, ...]) -> dict[tuple[int, ...], list[int]]:
-        """For each beginning of a response that takes a legal action, from `tokens` on: the tokens that go on."""
-        ways: dict[tuple[int, ...], set[int]] = {}
-        for action in legal_actions:
+    def _ways(self, text: str, tokens: list[int], choices: Mapping[str, int]) -> dict[tuple[int, ...], Counter[int]]:
+        """For each beginning of a response that takes one of these actions, from `tokens` on: the tokens that go on,
+        and how often the actions that they lead to were taken."""
+        ways: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for action, taken in choices.items():
             whole = self.tokenizer(self.agent_format.replace_action(text, action), add_special_tokens=False)[
                 "input_ids"
             ]
             if whole[: len(tokens)] != tokens:  # its tokens would have been others before the action already
                 continue
             for end in range(len(tokens), len(whole)):
-                ways.setdefault(tuple(whole[:end]), set()).add(whole[end])
-            ways.setdefault(tuple(whole), set()).update(self.stop_tokens)
-        return {beginning: sorted(going_on) for beginning, going_on in ways.items()}
+                ways[tuple(whole[:end])][whole[end]] += taken
+            ways[tuple(whole)].update(dict.fromkeys(self.stop_tokens, 0))
+        return ways
 
 
 class TokenLogProbs(LogitsProcessor):

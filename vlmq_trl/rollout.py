@@ -62,6 +62,7 @@ class Request:
     images: list[np.ndarray]  # uint8 [H, W, 3], in the order of the prompt's image parts
     rng: np.random.Generator  # the episode's own generator, the same object in each of its turns
     legal_actions: tuple[str, ...] = ()  # in canonical spelling, as the environment lists them now; () if it does not
+    episode: int = 0  # its number
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ class Rollouts:
             while self._running:
                 running = sorted(self._running.items())
                 requests = [
-                    Request(self._pool.env(k), one.prompt, one.images, one.rng, one.legal_actions)
+                    Request(self._pool.env(k), one.prompt, one.images, one.rng, one.legal_actions, one.number)
                     for k, one in running
                 ]
                 responses = _answers(policy, requests)

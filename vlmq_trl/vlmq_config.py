@@ -146,6 +146,14 @@ class VLMQConfig(SFTConfig):
             Share of the collected episodes whose environment is reset with the seed of an earlier one, drawn by how
             much less than the best return that one last had (after prioritized level replay, arXiv 2010.03934). For
             environments in which nothing that the agent cannot see hangs on the seed.
+        rollout_search_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of the collected episodes that search, by a table of what the buffer's turns did where the agent said
+            the same before its action, given the same prompt. What had the highest return of all, a success, when it
+            was last taken is done again; else the legal actions of the highest optimistic value come into question,
+            where what was never taken is worth as much as the best that was seen (R-max), and one of them is drawn
+            from pi(a|s) / (1 + N(s, a))^2, N being how often it was taken there. For what is never found otherwise,
+            several improbable actions deep, where the outcome is the agent's doing and not luck. Needs an environment
+            that lists its `legal_actions`, and a format whose responses read the state aloud.
         rollout_annealing_turns (`int`, *optional*, defaults to `0`):
             Collected turns over which these move from their start, linearly, round by round.
         rollout_seed (`int`, *optional*, defaults to `10_000_000`):
@@ -278,6 +286,9 @@ class VLMQConfig(SFTConfig):
     rollout_repeat_fraction: float = field(
         default=0.0, metadata={"help": "Share of the collected episodes that repeat an earlier one that went badly."}
     )
+    rollout_search_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the collected episodes that search where no best is known."}
+    )
     rollout_annealing_turns: int = field(
         default=0, metadata={"help": "Collected turns from the first round's temperatures and epsilon to the others."}
     )
@@ -376,6 +387,7 @@ class VLMQConfig(SFTConfig):
             "rollout_epsilon_start",
             "rollout_repeat_fraction",
             "online_thought_weight",
+            "rollout_search_fraction",
             "stop_at_success",
         ):
             value = getattr(self, name)

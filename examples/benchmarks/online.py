@@ -113,7 +113,17 @@ RARE_SUCCESS: dict[str, Any] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {},
-    "EZPoints": {**RARE_SUCCESS, "eval_steps": 300},
+    # Some hands take two improbable choices in a row: half of the episodes search for them, and half begin as earlier ones
+    # that went badly. A search needs readings that hold.
+    "EZPoints": {
+        **RARE_SUCCESS,
+        "learning_rate": 3e-4,
+        "filter_scope": "action",
+        "online_thought_weight": 0.0,
+        "rollout_search_fraction": 0.5,
+        "rollout_repeat_fraction": 0.5,
+        "eval_steps": 300,
+    },
     "Blackjack": {
         "off_policy_trace": "tree_backup",
         "turn_lambda": 0.95,

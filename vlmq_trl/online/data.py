@@ -24,6 +24,7 @@ from ..rollout import ExploringPolicy, Policy, Rollouts, measures, metrics_of
 from ..sharding import ready_to_generate
 from ..vlmq_config import VLMQConfig
 from .schedule import Schedule, exploration, online_fraction
+from .search import VisitedStates
 
 # How long finished episodes may wait for their commit: what a crash can cost.
 COMMIT_SECONDS = 10.0
@@ -71,6 +72,8 @@ class OnlineData:
         self.priorities = Priorities() if args.replay_prioritized_fraction else None
         self.run = int(buffer.counters.get("run", 0))  # whose play it is
         self.returns: dict[int, float] = {}  # the last of each seed, as a round began
+        fraction = args.rollout_search_fraction
+        self.tried = VisitedStates(rollouts.agent_format, fraction, args.rollout_seed) if fraction else None
         self._failures_before = int(buffer.counters.get("env_failures", 0))
         self._counts: dict[str, int] | None = None  # of all processes, when they last counted
 
@@ -212,6 +215,7 @@ class OnlineData:
             logprobs=True,
             action_temperature=exploration(self.args, "rollout_action_temperature", turns),
             legal_actions_only=self.args.legal_actions_only,
+            choices=self.tried,
             agent_format=self.rollouts.agent_format,
         )
 
@@ -228,6 +232,8 @@ class OnlineData:
         answered, retokenized = (getattr(policy, name, 0) for name in ("responses", "retokenized"))
         if self.args.rollout_repeat_fraction:
             self.returns = dict(self._known_returns())
+        if self.tried is not None:
+            self.tried.count(buffer)
 
         def numbers() -> Iterator[int]:
             while self.own_turns + buffer.pending_turns + self.rollouts.turns_running < goal:
@@ -246,6 +252,8 @@ class OnlineData:
             while self.own_turns + buffer.pending_turns < goal:
                 for episode in self.rollouts.play(self._exploring(policy, round), numbers(), self._seed_of):
                     buffer.append(episode, round=round)
+                    if self.tried is not None:
+                        self.tried.add(episode)
                     played.episodes.append(measures(episode))
                     bar.update(len(episode.turns))
                     if time.perf_counter() - last_commit > COMMIT_SECONDS:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..agent_format import AgentFormat, default_format
+from ..agent_format import AgentFormat, JSONFormat, PlainFormat, default_format
 from ..env_pool import close_env, legal_actions_of
 from ..replay import ReplayBuffer, process_folder
 from ..rollout import EnvSpec, Policy, Rollouts, make_env
@@ -53,19 +53,30 @@ def check_online(
     check_policy = getattr(rollout_policy, "check", None)
     if check_policy is not None:
         check_policy()
-    first_look, lists_actions = _first_look(env, agent_format, args.rollout_seed)
-    epsilon = args.rollout_epsilon or args.rollout_epsilon_start
-    if epsilon and not lists_actions:
-        raise ValueError(
-            f"`rollout_epsilon={epsilon}` needs to know what can be done: give the environment an "
-            "attribute `legal_actions`, a sequence of strings."
-        )
-    if args.legal_actions_only and rollout_policy is not None:
-        raise ValueError(
-            "`legal_actions_only` binds the model's own answers, and `rollout_policy` would know nothing of it. Leave "
-            "one of them out."
-        )
+    first_look, fmt, lists_actions = _first_look(env, agent_format, args.rollout_seed)
     with_images = "images" in first_look.column_names
+    exploring = {
+        "rollout_epsilon": args.rollout_epsilon or args.rollout_epsilon_start,
+        "rollout_search_fraction": args.rollout_search_fraction,
+    }
+    for name, value in exploring.items():
+        if value and not lists_actions:
+            raise ValueError(
+                f"`{name}={value}` needs to know what can be done: give the environment an attribute "
+                "`legal_actions`, a sequence of strings."
+            )
+    for name in ("legal_actions_only", "rollout_search_fraction"):
+        if getattr(args, name) and rollout_policy is not None:
+            raise ValueError(
+                f"`{name}` binds the model's own answers, and `rollout_policy` would know nothing of it. Leave one of "
+                "them out."
+            )
+    if args.rollout_search_fraction and with_images and isinstance(fmt, PlainFormat | JSONFormat):
+        raise ValueError(
+            f"`rollout_search_fraction={args.rollout_search_fraction}` tells states apart by what a response says "
+            f"before its action, and in the format {fmt.name!r} it says nothing: all pictures would be one state. Use "
+            "a format that reads them aloud, such as `JSONCoTFormat`."
+        )
     if train_dataset is not None and ("images" in train_dataset.column_names) != with_images:
         raise ValueError(
             f"The environment shows {'pictures' if with_images else 'text only'}, the training data "
@@ -120,9 +131,9 @@ def _offline_share(dataset: Dataset, index: EpisodeIndex, process: int, n: int) 
     return share, validate_trajectories(share, check_images="none")
 
 
-def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[Dataset, bool]:
-    """One turn of the environment as the agent sees it, with an empty response; and whether it lists its legal
-    actions."""
+def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[Dataset, AgentFormat, bool]:
+    """One turn of the environment as the agent sees it, with an empty response; its format; and whether it lists its
+    legal actions."""
     made = make_env(env)
     try:
         fmt = agent_format if agent_format is not None else default_format(made)
@@ -132,4 +143,4 @@ def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[
     finally:
         close_env(made)
     turn = Turn(prompt, images, "", 0.0)
-    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), bool(legal_actions)
+    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), fmt, bool(legal_actions)
