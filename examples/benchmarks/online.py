@@ -113,8 +113,8 @@ RARE_SUCCESS: dict[str, Any] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {},
-    # Some hands take two improbable choices in a row: half of the episodes search for them, and half begin as earlier ones
-    # that went badly. A search needs readings that hold.
+    # Some hands take two improbable choices in a row: half of the episodes search for them, and half begin as earlier
+    # ones that went badly. A search needs readings that hold.
     "EZPoints": {
         **RARE_SUCCESS,
         "learning_rate": 3e-4,
