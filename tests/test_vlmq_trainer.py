@@ -29,6 +29,7 @@ PLAYED = (
     "return_low",
     "return_high",
     "mean_turns",
+    "reading_rate",
     "valid_rate",
     "episodes",
     "runtime",
