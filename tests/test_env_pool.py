@@ -142,7 +142,7 @@ def test_the_look_before_an_online_run_is_as_strict():
     for fault in ("numbers to do", "letters to do", "method to do"):
         with pytest.raises(TypeError, match="`legal_actions` must be a sequence of strings"):
             look(fault)
-    assert [lists_actions for _, lists_actions in map(look, ("", "close"))] == [True, True]
+    assert [lists_actions for *_, lists_actions in map(look, ("", "close"))] == [True, True]
 
 
 @pytest.mark.parametrize("listed", [["left"], np.array(["left"]), {"left": 0}.keys(), iter(["left"])])
