@@ -82,6 +82,7 @@ BROKEN_CONFIGS = [
     ),
     ({"rollout_repeat_fraction": 1.5}, "`rollout_repeat_fraction=1.5`: it must lie in [0, 1]"),
     ({"online_thought_weight": 1.5}, "`online_thought_weight=1.5`: it must lie in [0, 1]"),
+    ({"online_thought_filter": "kl"}, "`online_thought_filter='kl'`: it must be one of ('none', 'reference')"),
     ({"rollout_search_fraction": -0.1}, "`rollout_search_fraction=-0.1`: it must lie in [0, 1]"),
     ({"rollout_annealing_turns": 100}, "`rollout_annealing_turns=100` and one of rollout_temperature_start"),
     ({"rollout_num_envs": 0}, "`rollout_num_envs=0`: it must be at least 1"),

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from tests import tiny_models
 from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import EnvEvaluationCallback, losses
+from vlmq_trl import EnvEvaluationCallback, losses, vlmq_trainer
 from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.envs import make_demonstrator
@@ -365,22 +365,34 @@ def test_a_model_that_cannot_act_explores_by_its_own_odds(tmp_path):
     assert all(0 < chance < 1 for chance in chances) and len(turns) > 10
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_what_was_said_before_the_action_counts_less(weight, tmp_path, monkeypatch):
-    """In the collected turns alone, and nothing but the action's own tokens is spared."""
+@pytest.mark.parametrize(
+    ("weight", "by_reference", "peft_config"),
+    [
+        (0.0, False, None),
+        (0.25, False, None),
+        (1.0, True, None),
+        (0.5, True, LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)),
+    ],
+)
+def test_what_was_said_before_the_action_counts_less(weight, by_reference, peft_config, tmp_path, monkeypatch):
+    """In the collected turns alone, and nothing but the action's own tokens is spared; and where the reference filters
+    by as much as the model found it improbable before training."""
     fmt = JSONCoTFormat(reading_fields=("current number", "target number"))
     player = DemonstratorPolicy(make_demonstrator(NUMBER_LINE, "random"), fmt)
     trainer = make_trainer(
         tmp_path,
         dataset=text_number_line(agent_format=fmt),
-        init={"agent_format": fmt, "rollout_policy": player},
+        init={"agent_format": fmt, "rollout_policy": player, "peft_config": peft_config},
         online_thought_weight=weight,
+        online_thought_filter="reference" if by_reference else "none",
         online_fraction=0.5,
         filter="none",
         max_completion_length=64,
         max_steps=3,
+        learning_rate=0.05,
     )
-    batches, weights, seen = [], [], {False: 0, True: 0}
+    before = tiny_models.build("llama")[0].eval()
+    batches, weights, seen, moved = [], [], {False: 0, True: 0}, 0.0
     own, policy_loss = trainer.compute_loss, losses.policy_loss
 
     def compute_loss(model, inputs, **kwargs):
@@ -397,15 +409,20 @@ def test_what_was_said_before_the_action_counts_less(weight, tmp_path, monkeypat
     assert len(batches) == len(weights) == 3
     tokenizer, first_online = trainer.processing_class, len(trainer.train_dataset)
     for batch, given in zip(batches, weights, strict=True):
-        for labels, row in zip(batch["labels"].tolist(), batch["turn_row"].tolist(), strict=False):
-            said = [token for token in labels if token != -100]
-            online = row >= first_online
+        first, last = (chances(model, batch) for model in (before, trainer.model.pretrained_model.eval()))
+        learned = batch["labels"] != -100
+        moved = max(moved, (first / last)[learned].log().abs().max().item())
+        for i, row in enumerate(batch["turn_row"].tolist()):
+            labels, online = batch["labels"][i], row >= first_online
+            positions = (labels != -100).nonzero().flatten().tolist()
             seen[online] += 1
-            for k in range(len(said)):  # a token is the action's from where the text before it and it name the key
-                thought = '"action": ' not in tokenizer.decode(said[: k + 1])
-                assert given.pop(0) == (weight if thought and online else 1.0)
+            for k, t in enumerate(positions):  # the action's from where the text before it and it name the key
+                thought = '"action": ' not in tokenizer.decode(labels[positions[: k + 1]])
+                expected = weight * (first[i, t].item() if by_reference else 1.0) if thought and online else 1.0
+                assert given.pop(0) == pytest.approx(expected, rel=1e-4)
         assert not given
     assert min(seen.values()) >= 6
+    assert moved > 0.5  # what is probable now, in nats
     log = trainer.state.log_history
     assert {entry["rollout_reading_rate"] for entry in log if "rollout_round" in entry} == {1.0}
     assert trainer.evaluate()["eval_reading_rate"] == 0  # an untrained model reads nothing
@@ -416,6 +433,20 @@ def test_what_was_said_before_the_action_counts_less(weight, tmp_path, monkeypat
             train_dataset=text_number_line(agent_format=fmt),
             processing_class=tokenizer,
         )
+
+
+@torch.no_grad()
+def chances(model, batch) -> torch.Tensor:
+    """[B, T] the probability of each token, given those before it; that of the first is 0."""
+    ids = batch["input_ids"]
+    given = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].softmax(-1)
+    return torch.nn.functional.pad(given.gather(-1, ids[:, 1:, None])[..., 0], (1, 0))
+
+
+def test_a_reference_needs_whole_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(vlmq_trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"`online_thought_filter='reference'` keeps a whole copy of the trained"):
+        make_trainer(tmp_path, init={"agent_format": JSONCoTFormat()}, online_thought_filter="reference")
 
 
 class Doors(gymnasium.Env):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 FILTERS = ("binary", "exp", "none")
 FILTER_SCOPES = ("response", "action")
+THOUGHT_FILTERS = ("none", "reference")
 TRACES = ("none", "retrace", "tree_backup")
 
 

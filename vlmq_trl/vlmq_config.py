@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from .critic import CRITIC_TYPES, CriticConfig
-from .losses import FILTER_SCOPES, FILTERS, TRACES
+from .losses import FILTER_SCOPES, FILTERS, THOUGHT_FILTERS, TRACES
 
 
 @dataclass
@@ -113,6 +113,11 @@ class VLMQConfig(SFTConfig):
             RL4VLM, arXiv 2405.10292); offline turns keep theirs. An agent that imitates what it said itself keeps its
             misreadings, and the next round has more of them: below 1 its readings stay what they were taught to be,
             and what it learns is what to do.
+        online_thought_filter (`str`, *optional*, defaults to `"none"`):
+            `"reference"` multiplies the same loss, token by token, by the probability that the model gave the token
+            before training. For a model that reads well to begin with: its misreadings, which it would have thought
+            improbable then, are not imitated, and the others become surer. Costs another forward pass each update,
+            without gradient, and a copy of the trained weights.
         online_fraction_start (`float`, *optional*):
             The share after `offline_steps`, from which it moves to `online_fraction`; constant when not given.
         online_fraction_steps (`int`, *optional*, defaults to `0`):
@@ -253,6 +258,9 @@ class VLMQConfig(SFTConfig):
     online_fraction: float = field(default=0.75, metadata={"help": "Share of a batch that was collected online."})
     online_thought_weight: float = field(
         default=1.0, metadata={"help": "Factor of the loss on what stands before the action in collected turns."}
+    )
+    online_thought_filter: str = field(
+        default="none", metadata={"help": "Filter of that loss, token by token.", "choices": list(THOUGHT_FILTERS)}
     )
     online_fraction_start: float | None = field(
         default=None, metadata={"help": "The share after `offline_steps`; default: `online_fraction`."}
@@ -419,6 +427,9 @@ class VLMQConfig(SFTConfig):
                 "`critic_scope='action'` leaves the critic without an opinion on what stands before the action, which "
                 "`filter_scope='response'` would filter by. Set `filter_scope='action'` too."
             )
+        self._require(
+            self.online_thought_filter in THOUGHT_FILTERS, "online_thought_filter", f"must be one of {THOUGHT_FILTERS}"
+        )
         self._require(self.off_policy_trace in TRACES, "off_policy_trace", f"must be one of {TRACES}")
         self._require(self.target_aggregation in ("mean", "min"), "target_aggregation", "must be 'mean' or 'min'")
         self._require(

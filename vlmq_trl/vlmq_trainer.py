@@ -28,6 +28,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -135,6 +136,7 @@ class VLMQTrainer(SFTTrainer):
     args: VLMQConfig
     control: TrainerControl
     push_in_progress: Any
+    _reference: dict[str, Tensor] | None  # the trained weights as they were before training
 
     def __init__(
         self,
@@ -192,8 +194,9 @@ class VLMQTrainer(SFTTrainer):
                 format_with_actions(eval_env, own_format)
             if train_dataset is not None:
                 warn_of_another_format(own_format, train_dataset)
-        split = [f"{name}='action'" for name in ("filter_scope", "critic_scope") if getattr(args, name) == "action"]
-        split += [f"online_thought_weight={args.online_thought_weight}"] if args.online_thought_weight != 1 else []
+        whole: dict[str, Any] = {"filter_scope": "response", "critic_scope": "response"}
+        whole |= {"online_thought_weight": 1.0, "online_thought_filter": "none"}
+        split = [f"{name}={getattr(args, name)!r}" for name, value in whole.items() if getattr(args, name) != value]
         if split and own_format is None:
             raise ValueError(
                 f"`{split[0]}` needs to know where a response comes to its action: give `agent_format`, or "
@@ -322,7 +325,20 @@ class VLMQTrainer(SFTTrainer):
                 )
             wrapped.remember_pictures(int(1e9 * self.args.vision_cache_gb))
         keep_trainable(wrapped)
+        self._reference = self._copy_of_trained(wrapped)
         self.model = self.model_wrapped = self.callback_handler.model = wrapped
+
+    def _copy_of_trained(self, wrapped: AutoModelForImageTextToTextWithValueHead) -> dict[str, Tensor] | None:
+        """What is about to be trained of the model, for `online_thought_filter="reference"`; else None."""
+        if self.env is None or self.args.online_thought_filter != "reference":
+            return None
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            raise ValueError(
+                "`online_thought_filter='reference'` keeps a whole copy of the trained weights, which here are split "
+                "over processes (ZeRO-3, FSDP). Set it to 'none', or use DDP or ZeRO-1 or 2."
+            )
+        weights = wrapped.pretrained_model.named_parameters(prefix="pretrained_model")
+        return {name: p.detach().clone() for name, p in weights if p.requires_grad}
 
     def _add_heads_to(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Gives the critic's heads to a user's optimiser that does not have them."""
@@ -532,9 +548,12 @@ class VLMQTrainer(SFTTrainer):
                 )
                 if args.filter_scope == "action":
                     weights = torch.where(turns["action_mask"], weights, torch.ones_like(weights))
-        if args.online_thought_weight != 1 and self._online is not None and mode == "train":
+        if self._weighs_thoughts and self._online is not None and mode == "train":
             thought = self._collected(inputs["labels"], turns) & ~turns["action_mask"]
-            weights = torch.where(thought, args.online_thought_weight * weights, weights)
+            factor = torch.full_like(weights, args.online_thought_weight)
+            if self._reference is not None:
+                factor *= self._reference_probs(model_inputs)
+            weights = torch.where(thought, factor * weights, weights)
         policy = losses.policy_loss(output.log_probs, weights, num_tokens)
         critic = sum(parts.values(), torch.zeros_like(policy)) / num_tokens
         loss = policy + args.critic_coef * critic if self._with_critic else policy
@@ -551,6 +570,22 @@ class VLMQTrainer(SFTTrainer):
                 f"{saved}. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
             )
         return (loss, output) if return_outputs else loss
+
+    @property
+    def _weighs_thoughts(self) -> bool:
+        return self.args.online_thought_weight != 1 or self.args.online_thought_filter != "none"
+
+    @torch.no_grad()
+    def _reference_probs(self, model_inputs: dict[str, Any]) -> Tensor:
+        """[A] the probabilities that the model gave the tokens before training."""
+        assert self._reference is not None
+        now = dict(self.model.named_parameters())
+        self._reference = {name: p.to(now[name]) for name, p in self._reference.items()}  # type and device
+        training = self.model.training
+        self.model.eval()
+        output = functional_call(self.model, self._reference, kwargs={**model_inputs, "with_critic": False})
+        self.model.train(training)
+        return output.log_probs.exp()
 
     def _collected(self, labels: Tensor, turns: dict[str, Tensor]) -> Tensor:
         """[A] whether a token is of a turn that was collected online."""
