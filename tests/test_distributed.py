@@ -171,6 +171,26 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_weights_c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_reference_filters_alike_under_zero2_and_after_resuming(lora, launch, tmp_path):
+    """It is the model as the script opens it, not as the checkpoint has it."""
+    config = {**SCALAR, **ONLINE, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4}
+    task = {"env": "NumberLine", "lora": lora}
+    plain = launch("zero2", "plain", config, **task)
+    config["online_thought_filter"] = "reference"
+    runs = {kind: launch(kind, kind, config, **task) for kind in ("multi_gpu", "zero2")}
+    assert_equal_losses(runs["zero2"], runs["multi_gpu"])
+    last, without = (series(run, "policy_loss")[-1] for run in (runs["zero2"], plain))
+    assert abs(last - without) > 1e-2
+    checkpoint, saved = tmp_path / "zero2" / "checkpoint-4", tmp_path / "resumed"
+    launch("zero2", "zero2", config, **task, resume=str(checkpoint), save=str(saved))
+    for name in (ADAPTER if lora else MODEL, CRITIC):
+        a, b = load_file(saved / name), load_file(tmp_path / "multi_gpu" / "saved" / name)
+        assert max((a[key] - b[key]).abs().max() for key in b) < 1e-3
+    launch("zero3", "zero3", config, **task, fails="keeps a whole copy of the trained weights")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [None, "NumberLine"], ids=["offline", "online"])
 @pytest.mark.parametrize(("lora", "critic"), list(itertools.product((False, True), (SCALAR, VOCAB))))
 def test_all_kinds_are_equal_over_20_steps_and_resume(env, lora, critic, launch, tmp_path):
