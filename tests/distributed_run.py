@@ -20,7 +20,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
 from tests import small_runs
 from vlmq_trl import EnvEvaluationCallback, VLMQTrainer, losses
+from vlmq_trl.agent_format import default_format
+from vlmq_trl.envs import make_demonstrator
 from vlmq_trl.online import data as online_data
+from vlmq_trl.rollout import DemonstratorPolicy
 from vlmq_trl.sharding import assign, gathered, whole
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
@@ -72,6 +75,7 @@ def main() -> None:
         train_dataset=None if task.get("purely") else small_runs.number_line(),
         env=env,
         eval_env=eval_env,
+        rollout_policy=scripted() if task.get("scripted") else None,
         peft_config=LoraConfig(target_modules=LORA, r=4) if task.get("lora") else None,
         callbacks=[callback] if task.get("callback") else None,
     )
@@ -102,6 +106,12 @@ def main() -> None:
     }
     if trainer.is_world_process_zero():
         (Path(task["out"]) / "result.json").write_text(json.dumps(result))
+
+
+def scripted() -> DemonstratorPolicy:
+    """Collects responses with thoughts and an action, which an untrained model does not give."""
+    player = make_demonstrator(small_runs.NUMBER_LINE, "random")
+    return DemonstratorPolicy(player, default_format(gymnasium.make(small_runs.NUMBER_LINE)))
 
 
 def gathers_while_playing() -> list[int]:

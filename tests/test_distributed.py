@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_weights_c
 def test_a_reference_filters_alike_under_zero2_and_after_resuming(lora, launch, tmp_path):
     """It is the model as the script opens it, not as the checkpoint has it."""
     config = {**SCALAR, **ONLINE, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4}
-    task = {"env": "NumberLine", "lora": lora}
+    task = {"env": "NumberLine", "scripted": True, "lora": lora}
     plain = launch("zero2", "plain", config, **task)
     config["online_thought_filter"] = "reference"
     runs = {kind: launch(kind, kind, config, **task) for kind in ("multi_gpu", "zero2")}
