@@ -115,9 +115,10 @@ class VLMQConfig(SFTConfig):
             and what it learns is what to do.
         online_thought_filter (`str`, *optional*, defaults to `"none"`):
             `"reference"` multiplies the same loss, token by token, by the probability that the model gave the token
-            before training. For a model that reads well to begin with: its misreadings, which it would have thought
-            improbable then, are not imitated, and the others become surer. Costs another forward pass each update,
-            without gradient, and a copy of the trained weights.
+            before training, as the trainer was given it (resuming does not change that). For a model that reads well
+            to begin with: its misreadings, which it would have thought improbable then, are not imitated, and the
+            others become surer. Costs another forward pass each update, without gradient, and a copy of the trained
+            weights.
         online_fraction_start (`float`, *optional*):
             The share after `offline_steps`, from which it moves to `online_fraction`; constant when not given.
         online_fraction_steps (`int`, *optional*, defaults to `0`):
