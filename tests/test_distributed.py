@@ -51,8 +51,9 @@ def launch(model_name, tmp_path):
         task["config"] = {"max_steps": steps, "filter": "exp", "bf16": precision == "bf16", **config}
         configurations = ROOT / "examples" / "accelerate_configs"
         fsdp = {}
-        if kind == "fsdp2":  # the launcher wants GPUs for it; what it would hand on comes from its file all the same
+        if kind.startswith("fsdp"):  # the launcher wants GPUs; what it would hand on comes from its file all the same
             handed_on = yaml.safe_load((configurations / "fsdp2.yaml").read_text())["fsdp_config"]
+            handed_on["fsdp_version"] = int(kind[-1])
             fsdp = {name.upper(): str(value) for name, value in handed_on.items()}
             fsdp["ACCELERATE_USE_FSDP"] = "true"
         configuration = configurations / f"{'multi_gpu' if fsdp else kind}.yaml"
@@ -161,6 +162,10 @@ def test_a_failing_process_ends_all_with_its_error(launch, tmp_path):
     error = launch("multi_gpu", "broken", {**SCALAR, **ONLINE}, env="broken", fails="the cable of rank 1 is unplugged")
     assert "Process 1 failed while it collected" in error  # what the other one says
     assert (tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").is_file()  # both have saved, together
+
+
+def test_fsdp_1_is_refused(launch):
+    launch("fsdp1", "refused", {}, fails="Set `fsdp_version: 2`")
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_weights_change(launch, tmp_path):
