@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: order and seeds, batching, truncation, history, invalid responses, rounds, misbehaviour, errors."""
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import datasets
 import gymnasium
 import numpy as np
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from gymnasium import spaces
 
 from examples.benchmarks import rollout as rollout_benchmark
@@ -35,12 +37,14 @@ from vlmq_trl.rollout import (
 )
 from vlmq_trl.trajectory import (
     Episode,
+    TrajectoryError,
     Turn,
     concatenate_trajectories,
     dataset_from_episodes,
     episodes_from_dataset,
     validate_trajectories,
 )
+from vlmq_trl.trajectory import episodes as episodes_module
 
 NUMBER_LINE = "vlmq_trl/NumberLine-v0"
 
@@ -352,6 +356,68 @@ def test_an_interruption_leaves_what_has_been_collected(error, tmp_path):
     short = [name for name, count in turns.items() if count <= 2]
     assert validate_trajectories(there, "all").episode_ids.tolist() == short
     assert 0 < len(short) < 8 and short != list(turns)[: len(short)], "one that began later has ended earlier"
+
+
+@pytest.mark.parametrize("where", ["encoding", "writing", "finishing"])
+def test_ctrl_c_outside_of_play_leaves_what_has_been_collected(where, tmp_path, monkeypatch):
+    """A signal, as the terminal sends it, while an episode is encoded or written, or the file finished."""
+    calls = Counter()
+
+    def interrupting(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls[where] += 1
+            if calls[where] == {"encoding": 30, "writing": 30, "finishing": 1}[where]:
+                os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        return call
+
+    names = {"encoding": (episodes_module, "_structured"), "writing": (ArrowWriter, "write")}
+    owner, name = names.get(where, (ArrowWriter, "finalize"))
+    monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        collect_demonstrations(Countdown, policy=Scripted(), episodes=20, cache_dir=tmp_path, progress=False)
+    number, file = re.search(r"The (\d+) episodes .* lie in (\S+?\.arrow)", caught.value.__notes__[0]).groups()
+    assert [str(path) for path in tmp_path.iterdir()] == [file]
+    kept = validate_trajectories(datasets.Dataset.from_file(file), "all").episode_ids.tolist()
+    assert kept == [f"Countdown/{seed}" for seed in range(int(number))]
+    assert len(kept) == 20 if where == "finishing" else 3 < len(kept) < 20
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_answer_that_cannot_be_stored_leaves_what_came_before(tmp_path):
+    class Surrogate(Scripted):
+        def act(self, requests):
+            answers = super().act(requests)
+            return answers if len(self.batches) < 6 else [Response("down\ud800") for _ in requests]
+
+    with pytest.raises(TrajectoryError, match="a lone surrogate at position 4") as caught:
+        collect_demonstrations(
+            Countdown, policy=Surrogate(), episodes=20, num_envs=2, cache_dir=tmp_path, progress=False
+        )
+    (file,) = tmp_path.iterdir()
+    assert str(file) in caught.value.__notes__[0] and len(validate_trajectories(datasets.Dataset.from_file(str(file))))
+
+
+def test_a_full_disk_leaves_what_has_reached_it(tmp_path, monkeypatch):
+    flush, calls = ArrowWriter.write_examples_on_file, []
+
+    def until_it_is_full(self):
+        calls.append(self)
+        if len(calls) > 2:
+            self.stream.write(b"half a batch")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(self)
+
+    monkeypatch.setattr(episodes_module, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(ArrowWriter, "write_examples_on_file", until_it_is_full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        collect_demonstrations(Countdown, policy=Scripted(), episodes=20, cache_dir=tmp_path, progress=False)
+    (file,) = tmp_path.iterdir()
+    assert str(file) in caught.value.__notes__[0]
+    assert 10 <= len(datasets.Dataset.from_file(str(file))) < 20
+    assert len(validate_trajectories(datasets.Dataset.from_file(str(file)), "all")) >= 2
 
 
 def test_a_policy_must_answer_everything():

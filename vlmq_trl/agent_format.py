@@ -490,6 +490,23 @@ def action_of(agent_format: AgentFormat, response: str) -> ParsedAction:
     return parsed
 
 
+def taking(agent_format: AgentFormat, action: str, response: str) -> str:
+    """`response`, which the format has written to take this action; a blank one may make no sense to it.
+
+    Raises:
+        ValueError: the format does not find that action in it, so that the environment would never be given it.
+    """
+    found = action_of(agent_format, response)
+    if action.strip() and found.action.casefold() != action.strip().casefold():
+        reads = repr(found.action) if found.valid else "no action at all"
+        own = "a `render_fn`" if isinstance(agent_format, CallableFormat) else "`render` and `replace_action`"
+        raise ValueError(
+            f"The agent format {agent_format.name!r} writes the action {action!r} as {response!r:.100}, and finds "
+            f"{reads} in it. Give it {own} that writes what its parser reads, or take another action or format."
+        )
+    return response
+
+
 def warn_of_another_format(agent_format: AgentFormat, dataset: Any) -> None:
     """Says so if the format that will read the agent's answers finds no action in those that it learns from."""
     if "action" not in dataset.column_names:

@@ -286,9 +286,8 @@ class ActionLogits(LogitsProcessor):
         and how often the actions that they lead to were taken."""
         ways: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for action, taken in choices.items():
-            whole = self.tokenizer(self.agent_format.replace_action(text, action), add_special_tokens=False)[
-                "input_ids"
-            ]
+            said = taking(self.agent_format, action, self.agent_format.replace_action(text, action))
+            whole = self.tokenizer(said, add_special_tokens=False)["input_ids"]
             if whole[: len(tokens)] != tokens:  # its tokens would have been others before the action already
                 continue
             for end in range(len(tokens), len(whole)):

@@ -15,7 +15,8 @@ import logging
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
@@ -26,7 +27,7 @@ import gymnasium
 import numpy as np
 from tqdm.auto import tqdm
 
-from vlmq_trl.agent_format import AgentFormat, Exchange, action_of, check_format, default_format, prompt_of
+from vlmq_trl.agent_format import AgentFormat, Exchange, action_of, check_format, default_format, prompt_of, taking
 from vlmq_trl.env_pool import (
     FAILURES,
     EnvFailureError,
@@ -39,7 +40,8 @@ from vlmq_trl.env_pool import (
 )
 from vlmq_trl.envs import Decision, Demonstrator, make_demonstrator
 from vlmq_trl.metrics import load_metric
-from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes
+from vlmq_trl.trajectory import Episode, Turn
+from vlmq_trl.trajectory.episodes import dataset_until_error
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,8 @@ class DemonstratorPolicy:
                 raise TypeError(
                     f"The demonstrator gave {decision!r:.100}; it must give a Decision(action, reading, thoughts)."
                 )
-            responses.append(Response(self.agent_format.render(decision.action, decision.reading, decision.thoughts)))
+            text = self.agent_format.render(decision.action, decision.reading, decision.thoughts)
+            responses.append(Response(taking(self.agent_format, decision.action, text)))
         return responses
 
 
@@ -133,7 +136,7 @@ class ExploringPolicy:
         if not legal or (request.rng.random() >= self.epsilon and known):
             return response
         action = legal[int(request.rng.integers(len(legal)))]
-        return Response(self.agent_format.replace_action(response.text, action))
+        return Response(taking(self.agent_format, action, self.agent_format.replace_action(response.text, action)))
 
 
 @dataclass
@@ -457,7 +460,7 @@ def play_episodes(
     max_env_failures: int = 0,
     share: tuple[int, int] = (0, 1),
     progress: bool = False,
-) -> Iterator[Episode]:
+) -> Generator[Episode, None, None]:
     """Play episodes and yield them in order.
 
     Episodes are those of `Rollouts`: each depends on its own seed alone.
@@ -487,7 +490,7 @@ def play_episodes(
     _check_policy(policy, workers)
     numbers = range(share[0], episodes, share[1])
 
-    def play() -> Iterator[Episode]:
+    def play() -> Generator[Episode, None, None]:
         if not numbers:
             return
         rollouts = Rollouts(
@@ -559,8 +562,8 @@ def collect_demonstrations(
 ) -> datasets.Dataset:
     """A trajectory dataset of scripted play.
 
-    Episodes that had ended when an environment fails once too often, the policy raises or the user interrupts stay on
-    the disk; a note to the error says where.
+    Episodes that had ended when an environment fails once too often, the policy raises, the disk is full or the user
+    interrupts stay on the disk; a note to the error says where.
 
     Args:
         env_id: a Gymnasium id, or a function that makes a new environment; a policy given by name needs a
@@ -597,28 +600,16 @@ def collect_demonstrations(
         max_env_failures=max_env_failures,
         progress=progress,
     )
-    stopped: list[BaseException] = []
-
-    def ended() -> Iterator[Episode]:
-        none_yet = True
-        try:
-            for episode in played:
-                none_yet = False
-                yield episode
-        except (Exception, KeyboardInterrupt) as error:
-            if none_yet:
-                raise
-            stopped.append(error)
-
-    ds = dataset_from_episodes(ended(), cache_dir=cache_dir)
-    if stopped:
+    with closing(played):
+        ds, error = dataset_until_error(played, cache_dir)
+    if error is not None:
         file, gone = ds.cache_files[0]["filename"], "" if cache_dir else " until this process ends"
-        stopped[0].add_note(
+        error.add_note(
             f"The {len(set(ds['episode_id']))} episodes that had ended, the last with the seed {max(ds['seed'])}, lie "
             f"in {file}{gone}: open them with `datasets.Dataset.from_file`, collect the others from another `seed`, "
             "and join them by `concatenate_trajectories`."
         )
-        raise stopped[0]
+        raise error
     return ds
 
 

@@ -2,7 +2,7 @@
 """The trajectory dataset's schema, and episodes as Python records: into a dataset, and out of it.
 
 Contents: `trajectory_features`, `FEATURES`; `Turn`, `Episode`; `flatten_content`; `dataset_from_episodes`,
-`episodes_from_dataset`.
+`dataset_until_error`, `episodes_from_dataset`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import io
 import math
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import datasets
@@ -62,6 +67,7 @@ def trajectory_features(with_images: bool = True) -> datasets.Features:
 
 
 FEATURES = trajectory_features()
+ROWS_AT_ONCE = 500  # written to the disk
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 
@@ -409,7 +415,36 @@ def dataset_from_episodes(
     Raises:
         TrajectoryError: a bad episode, naming the row, the column and what to do; nothing is left on disk.
     """
-    source = iter(tqdm(episodes, desc=desc, unit="episode") if desc else episodes)
+    path, error = _write(tqdm(episodes, desc=desc, unit="episode") if desc else episodes, cache_dir, with_images)
+    if error is not None:
+        path.unlink(missing_ok=True)
+        raise error
+    return datasets.Dataset.from_file(str(path))
+
+
+def dataset_until_error(
+    episodes: Iterable[Episode], cache_dir: str | os.PathLike | None = None
+) -> tuple[datasets.Dataset, BaseException | None]:
+    """As `dataset_from_episodes`, but the episodes before an error, or Ctrl-C, are kept.
+
+    Returns:
+        Their dataset, and the error; it is raised if there are none.
+    """
+    path, error = _write(episodes, cache_dir, None)
+    if error is not None and not path.is_file():
+        raise error
+    return datasets.Dataset.from_file(str(path)), error
+
+
+def _write(
+    episodes: Iterable[Episode], cache_dir: str | os.PathLike | None, with_images: bool | None
+) -> tuple[Path, BaseException | None]:
+    """Writes the episodes that come before an error, if any do.
+
+    Returns:
+        The Arrow file, and the error.
+    """
+    source = iter(episodes)
     first = next(source, None)
     if first is None:
         raise TrajectoryError("there are no episodes; an empty dataset cannot be trained on.")
@@ -421,28 +456,69 @@ def dataset_from_episodes(
     partial = path.with_suffix(".partial")
     png = _PngCache()
     seen: set[str] = set()
-    rows = 0
+    rows = waiting = whole = 0  # the last: bytes of the file, up to the end of an episode
+    error: BaseException | None = None
+    writer = ArrowWriter(path=str(partial), features=trajectory_features(with_images), writer_batch_size=sys.maxsize)
     try:
-        with ArrowWriter(
-            path=str(partial), features=trajectory_features(with_images), writer_batch_size=500
-        ) as writer:
-            for episode in chain([first], source):
-                name = _encodable(episode.episode_id, row=rows, column="episode_id")
-                if name in seen:
-                    raise TrajectoryError(
-                        f"episode_id {name!r} occurs twice; ids must be unique within a dataset.",
-                        row=rows,
-                        column="episode_id",
-                    )
-                seen.add(name)
-                for row in _episode_rows(episode, rows, with_images, png):
+        for episode in chain([first], source):
+            name = _encodable(episode.episode_id, row=rows, column="episode_id")
+            if name in seen:
+                raise TrajectoryError(
+                    f"episode_id {name!r} occurs twice; ids must be unique within a dataset.",
+                    row=rows,
+                    column="episode_id",
+                )
+            seen.add(name)
+            encoded = list(_episode_rows(episode, rows, with_images, png))
+            with _interrupts_wait():
+                for row in encoded:
                     writer.write(row)
-                    rows += 1
-            writer.finalize()
-        os.replace(partial, path)
+                rows, waiting = rows + len(encoded), waiting + len(encoded)
+                if waiting >= ROWS_AT_ONCE:
+                    waiting, whole = 0, _flush(writer)
+    except BaseException as stopped:
+        error = stopped
+    try:
+        with _interrupts_wait():
+            try:
+                whole = _flush(writer)
+                writer.finalize()
+            except Exception as stopped:  # a full disk: what has reached it is kept
+                error = error or stopped
+                with suppress(Exception):
+                    writer.close()
+                os.truncate(partial, whole)
+            if whole:
+                os.replace(partial, path)
+    except KeyboardInterrupt as stopped:
+        error = error or stopped
     finally:
         partial.unlink(missing_ok=True)
-    return datasets.Dataset.from_file(str(path))
+    return path, error
+
+
+def _flush(writer: ArrowWriter) -> int:
+    """The bytes of the file then."""
+    writer.write_examples_on_file()
+    writer.stream.flush()
+    return writer.stream.tell()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is heeded where the block ends. (It comes to the main thread alone.)"""
+    heeded = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(heeded):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+    if came:
+        heeded(*came[-1])
 
 
 def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> Iterator[Episode]:
