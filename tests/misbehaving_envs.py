@@ -45,7 +45,8 @@ class Misbehaving(gymnasium.Env):
             time.sleep(0.3)
         self.seed, self.turns = seed, -1
         self.task = f"This is episode {seed}."
-        return self.answer()[0], {}
+        observation = self.answer()[0]
+        return observation if self.fault == "no info" and seed in self.seeds else (observation, {})
 
     def step(self, action):
         observation, reward = self.answer()
@@ -86,6 +87,8 @@ class Misbehaving(gymnasium.Env):
             os._exit(3)
         if fault == "task of bytes":
             self.task = b"go \xff".decode(errors="surrogateescape")
+        if fault in ("no task", "object as task"):
+            self.task = None if fault == "no task" else {"goal": "go"}
         self.legal_actions = {
             "numbers to do": (0, 1),
             "letters to do": "+-",

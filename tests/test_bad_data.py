@@ -131,6 +131,12 @@ BROKEN_ROWS = {
         "set before the episode's last row",
     ),
     "final images missing": (put(4, final_images=[]), 4, "final_prompt", "1 image parts for 0 images in `final_im"),
+    "final images null": (
+        put(4, final_prompt=user(TEXT_PART), final_images=None),
+        4,
+        "final_images",
+        "null where the turn shows pictures",
+    ),
     "no images": (put(2, images=[]), 2, "prompt", "1 image parts for 0 images in `images`"),
     "too many images": (put(2, images=[png(), png()]), 2, "prompt", "1 image parts for 2 images"),
     "null images": (put(2, images=None), 2, "images", "null; write an empty list"),
@@ -229,6 +235,12 @@ BROKEN_COLUMNS = {
         "chat_template_kwargs",
         "Set it in the template, for both",
     ),
+    "a single picture": (
+        lambda ds: ds.remove_columns(["images", "final_images"]).add_column("image", [png()] * 5),
+        "image",
+        "put it into `images`, a list",
+    ),
+    "no final pictures": (lambda ds: ds.remove_columns("final_images"), "final_images", "would be seen blind"),
     "no final column": (lambda ds: ds.remove_columns("final_prompt"), "final_prompt", "needs the observation after"),
 }
 

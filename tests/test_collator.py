@@ -18,6 +18,8 @@ from tests import tiny_models
 from vlmq_trl import make_format
 from vlmq_trl.chat import completion_tokens, turn_processor
 from vlmq_trl.collator import SegmentDataset, SegmentSampler, VLMQDataCollator
+from vlmq_trl.policy import render
+from vlmq_trl.rollout import Request
 from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, validate_trajectories
 
 lengths_of_episodes = st.lists(st.integers(1, 12), min_size=1, max_size=8)
@@ -588,6 +590,27 @@ def test_a_vlm_reads_text_only_rows():
     assert "pixel_values" not in batch
     text = processor.tokenizer.decode(attended(batch, 2))
     assert text.startswith("<|im_start|>user\nwhat colour is the square 1?") and text.endswith("assistant\n")
+
+
+@pytest.mark.parametrize("name", tiny_models.VLM_NAMES)
+def test_a_mark_of_a_picture_in_a_text_is_no_picture(name):
+    """An agent or a page that writes what the processor puts pictures in the place of."""
+    processor = tiny_models.build(name)[1]
+    mark, picture = processor.image_token, Image.new("RGB", (20, 20))
+    broken = f"{mark[0]} {mark[1:]}"
+    collate = VLMQDataCollator(processor)
+
+    def row(text):
+        parts = [{"type": "image"}, {"type": "text", "text": f"What is {text}?"}]
+        return [{"role": "user", "content": parts}], [picture], [{"role": "assistant", "content": f"I see {text}."}]
+
+    batch, other = collate.tokenize([row(mark), row("it")]), collate.tokenize([row(broken), row("it")])
+    assert batch.keys() == other.keys()
+    for key in batch:
+        assert_close(batch[key], other[key])
+    prompt = render(processor, Request(None, row(mark)[0], [np.array(picture)], np.random.default_rng(0)))[0]
+    assert prompt.count(mark) == 1 and broken in prompt
+    assert completion_tokens(processor, f"I see {mark}.") == completion_tokens(processor, f"I see {broken}.")
 
 
 def test_items_are_not_changed():

@@ -6,6 +6,7 @@ import functools
 import inspect
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,16 @@ import pytest
 import vlmq_trl
 from tests.misbehaving_envs import Misbehaving, make_nothing
 from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
-from vlmq_trl.env_pool import FAILURES, EnvFailureError, EnvPool, Failure, Outcome, legal_actions_of, make_env
-from vlmq_trl.online.opening import _first_look
+from vlmq_trl.env_pool import (
+    FAILURES,
+    EnvFailureError,
+    EnvPool,
+    Failure,
+    Outcome,
+    first_look,
+    legal_actions_of,
+    make_env,
+)
 
 ROOT = Path(__file__).parents[1]
 NUMBER_LINE = "vlmq_trl/NumberLine-v0"
@@ -76,6 +85,7 @@ FAULTS = {
     "number as text": ("observation", "gave int as the text of its observation"),
     "text of bytes": ("observation", r"gave the text '\udcff', which is not valid Unicode,"),
     "task of bytes": ("observation", r"gave the task 'go \udcff', which is not valid Unicode,"),
+    "object as task": ("observation", "has dict as its `task`, not a string,"),
     "nothing to see": ("observation", "gave an observation with neither image nor text"),
     "numbers to do": ("raised", f"{NOT_LEGAL}, got (0, 1); if it is a method"),
     "letters to do": ("raised", f"{NOT_LEGAL}, got '+-'"),
@@ -136,13 +146,43 @@ def test_an_environment_that_cannot_be_closed(caplog):
 
 
 def test_the_look_before_an_online_run_is_as_strict():
-    def look(fault):
-        return _first_look(functools.partial(Misbehaving, fault, (7,), turn=-1), None, 7)
+    def look(fault, **kwargs):
+        return first_look(functools.partial(Misbehaving, fault, (7,), turn=-1), 7, **kwargs)
 
-    for fault in ("numbers to do", "letters to do", "method to do"):
-        with pytest.raises(TypeError, match="`legal_actions` must be a sequence of strings"):
-            look(fault)
-    assert [lists_actions for *_, lists_actions in map(look, ("", "close"))] == [True, True]
+    for fault, (_, did) in FAULTS.items():
+        if fault not in ("nan", "inf", "huge", "word", "none"):  # there is no reward yet
+            with pytest.raises(EnvFailureError, match=re.escape(did)) as caught:
+                look(fault)
+            assert "at its first reset, with seed 7" in str(caught.value)
+    with pytest.raises(EnvFailureError, match="gave dict from `reset`, not an observation and a dictionary, at its"):
+        look("no info")
+    with pytest.raises(EnvFailureError, match=r"gave no answer within 0\.5 s at its first reset"):
+        look("hang", workers=True, env_timeout=0.5)
+    for workers in (False, True):
+        seen, own = look("no task", workers=workers)
+        assert (seen.task, seen.legal_actions, own) == ("", ("go", "stay"), PlainFormat())
+
+
+def test_ids_mean_in_processes_what_they_mean_here():
+    """With the module that registers them, without a version, and with arguments bound to `gymnasium.make`."""
+    gymnasium.register("tests/Bound-v2", "tests.misbehaving_envs:Misbehaving")  # in this process only
+    try:
+        bound = functools.partial(gymnasium.make, "tests/Bound-v2", fault="nan", seeds=(7,))
+        for env in (f"vlmq_trl.envs:{NUMBER_LINE}", "vlmq_trl/NumberLine", "tests/Bound", bound):
+            here, there = (EnvPool(env, num_envs=1, workers=workers) for workers in (False, True))
+            try:
+                answers = [play(pool, 7, ("+", "+", "+")) for pool in (here, there)]
+                kinds, others = [[getattr(answer, "kind", "") for answer in given] for given in answers]
+                assert kinds == others and ("reward" in kinds) == (env is bound)
+                seen = [[(a.task, a.reward) for a in given if isinstance(a, Outcome)] for given in answers]
+                assert seen[0] == seen[1] and len(seen[0]) > 1
+            finally:
+                here.close(), there.close()
+    finally:
+        del gymnasium.registry["tests/Bound-v2"]
+    for env, error in (("vlmq_trl/NoSuchGame", gymnasium.error.NameNotFound), ("no_module:x-v0", ImportError)):
+        with pytest.raises(error):
+            EnvPool(env, num_envs=1, workers=True)
 
 
 @pytest.mark.parametrize("listed", [["left"], np.array(["left"]), {"left": 0}.keys(), iter(["left"])])
@@ -359,6 +399,9 @@ if __name__ == "__main__":
 """
     out, err = run_script(tmp_path / "script.py", script).communicate(timeout=60)
     assert (out, err) == ("This is episode 7.\n", "")
+    unguarded = script.replace('if __name__ == "__main__":', "if True:")
+    out, err = run_script(tmp_path / "script.py", unguarded).communicate(timeout=60)
+    assert "must stand there under `if __name__ == '__main__':`" in err and out == ""
     interactive = subprocess.run(
         [sys.executable, "-"],
         input=script,

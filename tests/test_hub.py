@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from tests import tiny_models
-from tests.small_runs import config, number_line, text_number_line
+from tests.small_runs import TextNumberLine, config, number_line, text_number_line
 from vlmq_trl.critic import CriticConfig
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead as ValueHeadModel
 from vlmq_trl.modeling import load_pretrained
@@ -85,6 +85,25 @@ def test_no_whole_model_beside_an_adapter(uploads, tmp_path, monkeypatch):
     adapter.push_to_hub("me/agent")
     trainer = VLMQTrainer(adapter, config(tmp_path, **options), train_dataset=data, processing_class=processor)
     assert trainer.hub_model_id == "me/agent" and len(uploads) == 1
+
+
+@pytest.mark.parametrize("replay_dir", [None, "deep/er", "../elsewhere"])
+def test_the_training_data_stay_here(replay_dir, uploads, tmp_path):
+    """The replay buffer and the recorded episodes, after a save and at the end."""
+    model, processor = tiny_models.build("llama")
+    folder, out = None if replay_dir is None else str(tmp_path / "out" / replay_dir), tmp_path / "out"
+    rounds = {"turns_per_round": 20, "updates_per_turn": 0.1, "rollout_num_envs": 2, "replay_dir": folder}
+    seen = {"eval_strategy": "steps", "eval_steps": 2, "record_episodes": 1, "eval_episodes": 2}
+    hub = {"push_to_hub": True, "hub_model_id": "me/agent", "save_strategy": "steps", "save_steps": 2}
+    args = config(out, max_steps=2, **rounds, **seen, **hub)
+    trainer = VLMQTrainer(model, args, text_number_line(), env=TextNumberLine, processing_class=processor)
+    trainer.train()
+    assert trainer.push_to_hub(token="secret", revision="next", commit_message="done") == "the commit"
+    assert list((out / "episodes").iterdir()) and list(Path(folder or out / "replay").rglob("*.arrow"))
+    during, last = uploads
+    assert (last["token"], last["revision"], last["commit_message"]) == ("secret", "next", "done")
+    assert not [file for upload in (during, last) for file in upload["files"] if "/" in file]
+    assert CRITIC | {"model.safetensors", "README.md", "agent.json"} <= last["files"]
 
 
 def test_other_processes_do_not_push(uploads, tmp_path, monkeypatch):

@@ -752,6 +752,28 @@ def test_an_adapter_does_not_take_the_place_of_its_base_model(tmp_path):
     assert files_of(tmp_path) == before
 
 
+def test_an_adapter_beside_its_base_model_is_not_opened(tmp_path):
+    """Which would open itself without end."""
+    model, _ = tiny_models.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    lora(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"names its own folder as its base model\. Move its adapter_config\.json"):
+        load_pretrained(tmp_path / "base")
+
+
+def test_an_adapter_that_transformers_put_in_is_refused(tmp_path):
+    """Its weights would be saved under names that nothing opens."""
+    base, _ = tiny_models.build("llama")
+    base.save_pretrained(tmp_path / "base")
+    lora(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    added, _ = tiny_models.build("llama")
+    added.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    opened = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    for model in (added, opened, peft.get_peft_model(opened, peft.LoraConfig(r=2, target_modules=["v_proj"]))):
+        with pytest.raises(ValueError, match="holds an adapter that transformers put in"):
+            wrap(model, SCALAR)
+
+
 def test_a_loaded_adapter_can_be_trained_further(tmp_path):
     model, processor = tiny_models.build("idefics3")
     model.save_pretrained(tmp_path / "base")

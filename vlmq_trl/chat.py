@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A turn as text and tokens, alike in play and in training: the chat template, its endings, the families' processors.
 
-Contents: `check_chat_template`, `chat_text`, `turn_ending`, `stop_token_ids`, `completion_tokens`, `pictures`,
-`turn_processor`.
+Contents: `check_chat_template`, `as_messages`, `chat_text`, `turn_ending`, `stop_token_ids`, `completion_tokens`,
+`pictures`, `turn_processor`.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,9 @@ from typing import Any
 import PIL.Image
 import torch
 from transformers import BatchFeature, PaliGemmaProcessor, PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import apply_chat_template
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+
+from .trajectory import flatten_content
 
 
 def check_chat_template(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
@@ -22,6 +24,41 @@ def check_chat_template(processing_class: ProcessorMixin | PreTrainedTokenizerBa
             "only pretrained (PaliGemma among them) come without: take an instruction-tuned one, set "
             "`processing_class.chat_template`, or give a `.jinja` file in `VLMQConfig(chat_template_path=...)`."
         )
+
+
+# Where a processor names the text that stands for a picture (a video, a sound), which it replaces by what it is given.
+MARKS = ("image_token", "video_token", "audio_token", "boi_token")
+
+
+def as_messages(
+    messages: Iterable[dict[str, Any]],
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+    images: Iterable[Any] = (),
+) -> list[dict[str, Any]]:
+    """Messages as the processor's chat template takes them, with these images in their places.
+
+    In a text that holds a processor's own mark of a picture, written by an environment or an agent, a space breaks the
+    mark ("< image>"): the processor would look for a picture there.
+    """
+    prepared = prepare_multimodal_messages(list(messages), images=list(images))
+    if not isinstance(processing_class, ProcessorMixin):
+        return flatten_content(prepared)
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "text": _without_marks(part["text"], processing_class)} if part["type"] == "text" else part
+                for part in message["content"]
+            ],
+        }
+        for message in prepared
+    ]
+
+
+def _without_marks(text: str, processor: ProcessorMixin) -> str:
+    for mark in {str(getattr(processor, name, None) or "") for name in MARKS} - {""}:
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
 
 
 def chat_text(
@@ -50,8 +87,8 @@ def turn_ending(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> s
     """What the chat template puts after an assistant's text."""
     marker = "answer"
     example = {
-        "prompt": [_message(processing_class, "user", "question")],
-        "completion": [_message(processing_class, "assistant", marker)],
+        "prompt": as_messages([{"role": "user", "content": "question"}], processing_class),
+        "completion": as_messages([{"role": "assistant", "content": marker}], processing_class),
     }
     return apply_chat_template(example, processing_class)["completion"].rpartition(marker)[2]
 
@@ -75,17 +112,12 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
 def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase, response: str) -> list[int]:
     """The tokens of a response as training sees it, by the chat template, its end token included."""
     example = {
-        "prompt": [_message(processing_class, "user", "")],
-        "completion": [_message(processing_class, "assistant", response)],
+        "prompt": as_messages([{"role": "user", "content": ""}], processing_class),
+        "completion": as_messages([{"role": "assistant", "content": response}], processing_class),
     }
     completion = chat_text(example, processing_class)["completion"]
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-
-
-def _message(processing_class: ProcessorMixin | PreTrainedTokenizerBase, role: str, text: str) -> dict[str, Any]:
-    multimodal = isinstance(processing_class, ProcessorMixin)
-    return {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
 
 
 def pictures(images: Iterable[Any]) -> list[PIL.Image.Image]:

@@ -23,12 +23,11 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from .agent_format import AgentFormat
-from .chat import chat_text, pictures, turn_processor
-from .trajectory import EpisodeIndex, flatten_content
+from .chat import as_messages, chat_text, pictures, turn_processor
+from .trajectory import EpisodeIndex
 
 TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
 
@@ -271,11 +270,9 @@ class VLMQDataCollator:
     def _render(self, prompt: list[dict], images: list | None, completion: list[dict] | None) -> dict[str, Any]:
         """One row as text and images; a bootstrap row has an empty completion."""
         images = pictures(images or ())
-        example = {"prompt": prepare_multimodal_messages(prompt, images=images)}
+        example = {"prompt": as_messages(prompt, self.processing_class, images)}
         if completion is not None:
-            example["completion"] = prepare_multimodal_messages(completion)
-        if not isinstance(self.processing_class, ProcessorMixin):
-            example = {k: flatten_content(messages) for k, messages in example.items()}
+            example["completion"] = as_messages(completion, self.processing_class)
         return {"completion": "", **chat_text(example, self.processing_class), "images": images}
 
     def _tokenize(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ Contents: `EnvSpec`, `make_env`, `close_env`, `legal_actions_of`, `Outcome`, `Fa
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
@@ -36,6 +38,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec as RegisteredSpec
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 
 from vlmq_trl.agent_format import AgentFormat, default_format
 
@@ -148,6 +151,29 @@ def legal_actions_of(env: gymnasium.Env) -> tuple[str, ...]:
     return actions
 
 
+def first_look(
+    env: EnvSpec, seed: int = 0, *, workers: bool = False, env_timeout: float | None = None
+) -> tuple[Outcome, AgentFormat]:
+    """What a new environment gives after its reset, and its own format; played where `EnvPool` would play it.
+
+    Raises:
+        EnvFailureError: it cannot be made or reset, or gives what makes no sense.
+        TypeError, ValueError: as `EnvPool`.
+    """
+    pool = EnvPool(env, num_envs=1, workers=workers, env_timeout=env_timeout)
+    try:
+        pool.reset(0, seed)
+        (found,) = pool.receive().values()
+    finally:
+        pool.close()
+    if isinstance(found, Failure):
+        raise EnvFailureError(
+            f"The environment {env!r} {found.did} at its first reset, with seed {seed}. Mend it, or wrap it.\n"
+            f"{found.trace}".rstrip()
+        ) from found.error
+    return found, pool.agent_format
+
+
 # One environment's work, in either kind of process.
 
 
@@ -164,7 +190,9 @@ def _outcome(env: gymnasium.Env, observation: Any, **rest: Any) -> Outcome:
         raise _Misfit("observation", f"gave {type(text).__name__} as the text of its observation")
     if image is None and text is None and observation.keys() <= {"image", "text"}:  # others are for other formats
         raise _Misfit("observation", "gave an observation with neither image nor text")
-    task = str(env.get_wrapper_attr("task")) if env.has_wrapper_attr("task") else ""
+    task = env.get_wrapper_attr("task") if env.has_wrapper_attr("task") else None
+    if not isinstance(task, str | None):
+        raise _Misfit("observation", f"has {type(task).__name__} as its `task`, not a string,")
     legal = legal_actions_of(env)
     for what, said in (("text", text), ("task", task), *(("legal action", action) for action in legal)):
         try:
@@ -173,12 +201,14 @@ def _outcome(env: gymnasium.Env, observation: Any, **rest: Any) -> Outcome:
             raise _Misfit("observation", f"gave the {what} {said!a:.100}, which is not valid Unicode,") from None
     if not (rest.get("terminated") or rest.get("truncated")) and env.has_wrapper_attr("state_text"):
         rest["reading"] = env.get_wrapper_attr("state_text")()
-    return Outcome(observation, task, legal, **rest)
+    return Outcome(observation, task or "", legal, **rest)
 
 
 def _reset(env: gymnasium.Env, seed: int) -> Outcome:
-    observation, _ = env.reset(seed=seed)
-    return _outcome(env, observation)
+    given = env.reset(seed=seed)
+    if not (isinstance(given, tuple) and len(given) == 2):
+        raise _Misfit("observation", f"gave {type(given).__name__} from `reset`, not an observation and a dictionary,")
+    return _outcome(env, given[0])
 
 
 def _step(env: gymnasium.Env, action: str) -> Outcome:
@@ -317,6 +347,21 @@ class _Remote:
         process.join()
 
 
+def _registered(env_id: str) -> RegisteredSpec:
+    """What `gymnasium.make` would make of an id: "module:name" imports the module, without a version it is the latest.
+
+    Raises:
+        gymnasium.error.Error, ImportError: there is none.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    namespace, base, version = parse_env_id(name)
+    if version is None:
+        version = find_highest_version(namespace, base)
+    return gymnasium.spec(get_env_id(namespace, base, version))
+
+
 @contextlib.contextmanager
 def _main_module_hidden(hidden: bool) -> Iterator[None]:
     """Around the start of a process, which then does not run the main module again.
@@ -446,8 +491,11 @@ class EnvPool:
     def _start_workers(self, env: EnvSpec, env_kwargs: dict[str, Any], num_envs: int, timeout: float | None) -> None:
         if isinstance(env, gymnasium.Env) or not (isinstance(env, str) or callable(env)):
             make_env(env)  # which raises
+        made_by: Any = env
+        if isinstance(made_by, partial) and made_by.func is gymnasium.make and len(made_by.args) == 1:
+            env, env_kwargs = made_by.args[0], {**made_by.keywords, **env_kwargs}
         # An id may be registered in this process only.
-        sent = gymnasium.spec(env) if isinstance(env, str) else env
+        sent = _registered(env) if isinstance(env, str) else env
         try:
             pickled = bytes(ForkingPickler.dumps((sent, env_kwargs)))
             needs_main = b"__main__" in pickled
@@ -464,9 +512,13 @@ class EnvPool:
         for member in self._members:
             failure = member.wait_until_made()
             if failure is not None:
-                raise EnvFailureError(
-                    f"The environment {env!r} {failure.did}. {FAILURES['start']}\n{failure.trace}".rstrip()
-                )
+                todo = FAILURES["start"]
+                if needs_main and not failure.trace:
+                    todo = (
+                        "It is defined in the main script, which each process runs again: all that starts something "
+                        "must stand there under `if __name__ == '__main__':`, or the environment in a module."
+                    )
+                raise EnvFailureError(f"The environment {env!r} {failure.did}. {todo}\n{failure.trace}".rstrip())
         self.agent_format = self._members[0].agent_format
 
     def __len__(self) -> int:

@@ -194,6 +194,13 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
                 f"{type(base).__name__} has no language-model head on a backbone, so there is no policy to train. "
                 "Pass a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM`."
             )
+        if getattr(base, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"The {type(base).__name__} holds an adapter that transformers put in (`add_adapter`, or "
+                "`from_pretrained` of a model class given an adapter), which is not saved and opened as PEFT's are. "
+                "Give the adapter's folder or repository as the model, or `PeftModel.from_pretrained(base, adapter, "
+                "is_trainable=True)`; or the model without it and a `peft_config`."
+            )
         peft_config = getattr(pretrained_model, "peft_config", None)
         if isinstance(peft_config, dict) and any(c.is_prompt_learning for c in peft_config.values()):
             raise ValueError(
@@ -397,12 +404,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
             critic_state = {k.removeprefix("critic."): v for k, v in state_dict.items() if k.startswith("critic.")}
         if isinstance(self.pretrained_model, PeftModel):
             name = self.pretrained_model.active_adapter
-            base_name = self.pretrained_model.peft_config[name].base_model_name_or_path
-            if base_name and Path(base_name).resolve() == Path(save_directory).resolve():
-                raise ValueError(
-                    f"{save_directory} holds the base model of the adapter, which could not be opened there any more: "
-                    "save the adapter in another folder."
-                )
+            refuse_folder_of_base(self.pretrained_model, save_directory)
             self.pretrained_model.save_pretrained(save_directory, state_dict=own, selected_adapters=[name], **kwargs)
             if name != "default" and kwargs.get("is_main_process", True):
                 _move_up(Path(save_directory) / name)
@@ -543,6 +545,11 @@ def load_pretrained(name: str | os.PathLike, is_trainable: bool = False, **kwarg
                 f"{ADAPTER_CONFIG_NAME} of {name} does not say which model the adapter belongs to: set its "
                 "`base_model_name_or_path`."
             )
+        if Path(name).is_dir() and Path(name).resolve() == Path(peft_config.base_model_name_or_path).resolve():
+            raise ValueError(
+                f"The adapter in {name} names its own folder as its base model. Move its {ADAPTER_CONFIG_NAME} and "
+                f"{SAFETENSORS_WEIGHTS_NAME} into another folder, to open either."
+            )
         require_adapter_weights(name, **hub_kwargs)
         try:
             base_name = existing(peft_config.base_model_name_or_path)
@@ -620,6 +627,16 @@ def refuse_adapter_repository(repo_id: str, revision: str | None = None, token: 
         raise ValueError(
             f"The repository {repo_id} holds an adapter, and whoever opens it would get that, not a whole model "
             f"pushed beside it. Push to another one, or delete {ADAPTER_CONFIG_NAME} there first."
+        )
+
+
+def refuse_folder_of_base(model: PeftModel, folder: str | os.PathLike) -> None:
+    """Raises ValueError if the folder holds the base model of the adapter, which is to be saved there."""
+    base_name = model.peft_config[model.active_adapter].base_model_name_or_path
+    if base_name and Path(base_name).resolve() == Path(folder).resolve():
+        raise ValueError(
+            f"{folder} holds the base model of the adapter, which could not be opened there any more: save the "
+            "adapter in another folder."
         )
 
 

@@ -22,15 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.data_utils import apply_chat_template
 
-from .agent_format import AgentFormat, default_format
-from .chat import completion_tokens, pictures, stop_token_ids, turn_processor
-from .env_pool import close_env, legal_actions_of, make_env
+from .agent_format import AgentFormat, taking
+from .chat import as_messages, completion_tokens, pictures, stop_token_ids, turn_processor
+from .env_pool import first_look
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
-from .trajectory import flatten_content
 
 # Of a request and what its response says before the action: the actions to choose from, and how often each was taken.
 Choices = Callable[[Request, str], Mapping[str, int]]
@@ -42,9 +41,7 @@ def render(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase, request: Request
 ) -> tuple[str, list[np.ndarray]]:
     """A request's prompt as text, by the chat template, and its images."""
-    prompt = prepare_multimodal_messages(request.prompt, images=list(request.images))
-    if not isinstance(processing_class, ProcessorMixin):
-        prompt = flatten_content(prompt)
+    prompt = as_messages(request.prompt, processing_class, request.images)
     return apply_chat_template({"prompt": prompt}, processing_class)["prompt"], list(request.images)
 
 
@@ -323,23 +320,23 @@ class TokenLogProbs(LogitsProcessor):
         return torch.stack(self.taken, dim=1)
 
 
-def format_with_actions(env: EnvSpec, agent_format: AgentFormat | None) -> AgentFormat:
+def format_with_actions(
+    env: EnvSpec, agent_format: AgentFormat | None, *, workers: bool = False, env_timeout: float | None = None
+) -> AgentFormat:
     """`agent_format`, or the environment's own, of an agent with `legal_actions_only`.
 
     Raises:
-        ValueError: the environment lists no legal actions.
+        ValueError: the environment lists no legal actions, or the format cannot write them.
     """
-    made = make_env(env)
-    try:
-        made.reset(seed=0)
-        if not legal_actions_of(made):
-            raise ValueError(
-                "`legal_actions_only` needs to know what can be done: give the environment an attribute "
-                "`legal_actions`, a sequence of strings."
-            )
-        return agent_format if agent_format is not None else default_format(made)
-    finally:
-        close_env(made)
+    seen, own = first_look(env, workers=workers, env_timeout=env_timeout)
+    if not seen.legal_actions:
+        raise ValueError(
+            "`legal_actions_only` needs to know what can be done: give the environment an attribute "
+            "`legal_actions`, a sequence of strings."
+        )
+    fmt = own if agent_format is None else agent_format
+    taking(fmt, seen.legal_actions[0], fmt.replace_action("", seen.legal_actions[0]))
+    return fmt
 
 
 def evaluate_model(
@@ -379,7 +376,7 @@ def evaluate_model(
         ValueError: `legal_actions_only` in an environment that lists none.
     """
     if legal_actions_only:
-        agent_format = format_with_actions(env, agent_format)
+        agent_format = format_with_actions(env, agent_format, workers=workers, env_timeout=env_timeout)
     policy = ModelPolicy(
         model,
         processing_class,

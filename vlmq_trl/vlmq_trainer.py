@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 
 from . import losses
 from .agent import CARD_NAME, agent_card
-from .agent_format import AgentFormat, check_format, default_format, warn_of_another_format
+from .agent_format import AgentFormat, check_format, warn_of_another_format
 from .callbacks import EnvEvaluationCallback
 from .chat import check_chat_template
 from .checkpoints import TRAINING_STATE, load_weights, newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
 from .critic import CriticConfig
-from .env_pool import close_env
+from .env_pool import EnvPool
 from .model_card import CURVE_NAME, evaluations, model_card, plot_success
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
@@ -67,17 +67,19 @@ from .modeling import (
     load_pretrained,
     load_processor,
     refuse_adapter_repository,
+    refuse_folder_of_base,
 )
 from .objective import CriticLosses, critic_losses
-from .online import AsyncOnlineData, OnlineData, check_online, open_online
+from .online import AsyncOnlineData, OnlineData, check_online, open_online, replay_folder
 from .policy import evaluate_model, format_with_actions
 from .recorder import EpisodeRecorder
-from .rollout import EnvSpec, Policy, make_env
+from .rollout import EnvSpec, Policy
 from .sharding import whole_state_dict, writable
 from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
+EPISODES_FOLDER = "episodes"  # of the recorder, in `output_dir`
 PRIORITIES_NAME = "replay_priorities-{}.npz"  # of each process
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
 UNCERTAIN_ENTROPY = 0.1
@@ -187,11 +189,11 @@ class VLMQTrainer(SFTTrainer):
             )
         own_format = agent_format
         if eval_env is not None:
-            made = make_env(eval_env)  # an unknown id or a broken factory shows now, not at the first evaluation
-            close_env(made)
-            own_format = agent_format or default_format(made)
+            # An unknown id or a broken factory shows now, not at the first evaluation.
+            with closing(EnvPool(eval_env, num_envs=1, workers=args.rollout_workers)) as made:
+                own_format = agent_format or made.agent_format
             if args.legal_actions_only:
-                format_with_actions(eval_env, own_format)
+                format_with_actions(eval_env, own_format, workers=args.rollout_workers, env_timeout=args.env_timeout)
             if train_dataset is not None:
                 warn_of_another_format(own_format, train_dataset)
         whole: dict[str, Any] = {"filter_scope": "response", "critic_scope": "response"}
@@ -305,6 +307,8 @@ class VLMQTrainer(SFTTrainer):
                 "`requires_grad_(True)` on what shall learn."
             )
         wrapped = AutoModelForImageTextToTextWithValueHead(self.model, known or self.args.critic_config())
+        if isinstance(self.model, PeftModel):
+            refuse_folder_of_base(self.model, self.args.output_dir)
         if isinstance(source, AutoModelForImageTextToTextWithValueHead):
             # The user's own, not a copy: an optimiser may hold its weights.
             wrapped.critic = source.critic.to(wrapped.critic.target_mean.device)
@@ -717,7 +721,7 @@ class VLMQTrainer(SFTTrainer):
     def _recorder(self) -> EpisodeRecorder | None:
         if not self.args.record_episodes or not self.is_in_train or not self.is_world_process_zero():
             return None
-        folder = Path(self.args.output_dir) / "episodes" / f"step-{self.state.global_step:06d}"
+        folder = Path(self.args.output_dir) / EPISODES_FOLDER / f"step-{self.state.global_step:06d}"
         return EpisodeRecorder(folder, self.args.record_episodes)
 
     @contextmanager
@@ -931,6 +935,42 @@ class VLMQTrainer(SFTTrainer):
             token = self.args.hub_token if token is None else token
             refuse_adapter_repository(self.hub_model_id, self.args.hub_revision, token)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`, but the replay buffer and the recorded episodes stay where they are: they hold the
+        training data, which `push_trajectories` shares when asked to."""
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        token = args.hub_token if token is None else token
+        if self.hub_model_id is None:  # `push_to_hub` is not set
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        self._finish_current_push()
+        revision = args.hub_revision if revision is None else revision
+        return self._upload_output(token, revision, commit_message=commit_message, run_as_future=not blocking)
+
+    def _upload_output(self, token: str | None, revision: str | None, **kwargs: Any) -> Any:
+        """Uploads `output_dir` without checkpoints and play."""
+        folder = Path(self.args.output_dir)
+        kept_here = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{EPISODES_FOLDER}/*"]
+        replay = Path(os.path.relpath(replay_folder(self.args), folder))
+        if ".." not in replay.parts:
+            kept_here.append(f"{replay.as_posix()}/*")
+        api = HfApi(token=token)
+        return api.upload_folder(
+            repo_id=self.hub_model_id, folder_path=folder, ignore_patterns=kept_here, revision=revision, **kwargs
+        )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer` does after each save, with all that `_save` wrote: the critic goes along, and no pickle."""
         args = self.args
@@ -943,18 +983,21 @@ class VLMQTrainer(SFTTrainer):
         # A copy: the checkpoint may be deleted while it is uploaded.
         ignore = shutil.ignore_patterns(*TRAINING_STATE)
         shutil.copytree(checkpoint_folder, args.output_dir, dirs_exist_ok=True, ignore=ignore)
-        upload = functools.partial(
-            HfApi(token=args.hub_token).upload_folder,
-            repo_id=self.hub_model_id,
-            revision=args.hub_revision,
-            run_as_future=True,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-        )
-        jobs = [upload(folder_path=args.output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        message: dict[str, Any] = {"commit_message": f"Training in progress, step {self.state.global_step}"}
+        message["run_as_future"] = True
+        jobs = [self._upload_output(args.hub_token, args.hub_revision, **message)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = args.hub_strategy == HubStrategy.CHECKPOINT
             target = "last-checkpoint" if last else Path(checkpoint_folder).name
-            jobs.append(upload(folder_path=checkpoint_folder, path_in_repo=target))
+            jobs.append(
+                HfApi(token=args.hub_token).upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=checkpoint_folder,
+                    path_in_repo=target,
+                    revision=args.hub_revision,
+                    **message,
+                )
+            )
         if busy:
             self.push_in_progress.jobs.extend(jobs)
         else:

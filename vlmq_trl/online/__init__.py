@@ -12,7 +12,7 @@ model learns; `opening`, what is checked and opened before any of it.
 
 from .asynchronous import AsyncOnlineData
 from .data import OnlineData
-from .opening import check_online, open_online
+from .opening import check_online, open_online, replay_folder
 from .schedule import Schedule
 
-__all__ = ["AsyncOnlineData", "OnlineData", "Schedule", "check_online", "open_online"]
+__all__ = ["AsyncOnlineData", "OnlineData", "Schedule", "check_online", "open_online", "replay_folder"]

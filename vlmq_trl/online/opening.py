@@ -2,15 +2,14 @@
 """Before a run goes online: what is checked when the trainer is made, and what is opened when it starts."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from ..agent_format import AgentFormat, JSONFormat, PlainFormat, default_format
-from ..env_pool import close_env, legal_actions_of
+from ..agent_format import AgentFormat, JSONFormat, PlainFormat, prompt_of, taking
+from ..env_pool import first_look
 from ..replay import ReplayBuffer, process_folder
-from ..rollout import EnvSpec, Policy, Rollouts, make_env
+from ..rollout import EnvSpec, Policy, Rollouts
 from ..trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
 from ..vlmq_config import VLMQConfig
 from .schedule import Schedule
@@ -53,18 +52,20 @@ def check_online(
     check_policy = getattr(rollout_policy, "check", None)
     if check_policy is not None:
         check_policy()
-    first_look, fmt, lists_actions = _first_look(env, agent_format, args.rollout_seed)
-    with_images = "images" in first_look.column_names
+    seen, fmt, legal_actions = _first_look(args, env, agent_format)
+    with_images = "images" in seen.column_names
     exploring = {
         "rollout_epsilon": args.rollout_epsilon or args.rollout_epsilon_start,
         "rollout_search_fraction": args.rollout_search_fraction,
     }
     for name, value in exploring.items():
-        if value and not lists_actions:
+        if value and not legal_actions:
             raise ValueError(
                 f"`{name}={value}` needs to know what can be done: give the environment an attribute "
                 "`legal_actions`, a sequence of strings."
             )
+        if value:
+            taking(fmt, legal_actions[0], fmt.replace_action("", legal_actions[0]))
     for name in ("legal_actions_only", "rollout_search_fraction"):
         if getattr(args, name) and rollout_policy is not None:
             raise ValueError(
@@ -82,7 +83,12 @@ def check_online(
             f"The environment shows {'pictures' if with_images else 'text only'}, the training data "
             f"{'text only' if with_images else 'pictures'}: they are not of the same task."
         )
-    return first_look
+    return seen
+
+
+def replay_folder(args: VLMQConfig) -> Path:
+    """Where the replay buffer lies, of all processes."""
+    return Path(args.replay_dir or Path(args.output_dir) / "replay")
 
 
 def open_online(
@@ -96,7 +102,7 @@ def open_online(
     """
     process, n = args.process_index, args.world_size
     buffer = ReplayBuffer(
-        process_folder(args.replay_dir or Path(args.output_dir) / "replay", process, n),
+        process_folder(replay_folder(args), process, n),
         capacity=args.replay_capacity and max(1, args.replay_capacity // n),
         gamma=args.gamma,
         with_images="images" in dataset.column_names,
@@ -131,16 +137,12 @@ def _offline_share(dataset: Dataset, index: EpisodeIndex, process: int, n: int) 
     return share, validate_trajectories(share, check_images="none")
 
 
-def _first_look(env: Any, agent_format: AgentFormat | None, seed: int) -> tuple[Dataset, AgentFormat, bool]:
-    """One turn of the environment as the agent sees it, with an empty response; its format; and whether it lists its
-    legal actions."""
-    made = make_env(env)
-    try:
-        fmt = agent_format if agent_format is not None else default_format(made)
-        task = str(made.get_wrapper_attr("task")) if made.has_wrapper_attr("task") else ""
-        prompt, images = fmt.build_prompt(task, made.reset(seed=seed)[0])
-        legal_actions = legal_actions_of(made)
-    finally:
-        close_env(made)
+def _first_look(
+    args: VLMQConfig, env: EnvSpec, agent_format: AgentFormat | None
+) -> tuple[Dataset, AgentFormat, tuple[str, ...]]:
+    """One turn of the environment as the agent sees it, with an empty response; its format; and its legal actions."""
+    seen, own = first_look(env, args.rollout_seed, workers=args.rollout_workers, env_timeout=args.env_timeout)
+    fmt = own if agent_format is None else agent_format
+    prompt, images = prompt_of(fmt, seen.task, seen.observation)
     turn = Turn(prompt, images, "", 0.0)
-    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), fmt, bool(legal_actions)
+    return dataset_from_episodes([Episode("first look", (turn,), True, False)]), fmt, seen.legal_actions

@@ -445,6 +445,12 @@ def validate_trajectories(
     # What was seen and said.
     nobody = np.zeros(rows, dtype=bool)
     has_images = "images" in ds.column_names
+    if "image" in ds.column_names and not has_images:
+        raise TrajectoryError(
+            "a single picture, as `SFTTrainer` takes it too; put it into `images`, a list: "
+            "`ds.map(lambda row: {'images': [row['image']]}, remove_columns='image')`.",
+            column="image",
+        )
     if has_images:
         _check_image_column(columns, "images", nullable=False)
     _fail(columns.null("prompt"), "prompt", "null; every turn needs its prompt.")
@@ -467,6 +473,14 @@ def validate_trajectories(
         _check_image_column(columns, "final_images", nullable=True)
     if "final_prompt" in ds.column_names and not no_final.all():
         final_images = "final_images" if "final_images" in ds.column_names else None
+        if has_images:
+            null = columns.null("final_images") if final_images else ~nobody
+            _fail(
+                ~no_final & null & (columns.fact("images", _lengths) > 0),
+                "final_images",
+                "null where the turn shows pictures: the final observation would be seen blind. Give its pictures, or "
+                "an empty list if it shows none.",
+            )
         _check_prompts(columns, "final_prompt", final_images, no_final)
 
     # Optional columns; those with other names are nobody's business.
