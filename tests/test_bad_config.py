@@ -11,7 +11,7 @@ from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig
 
 from tests import tiny_models
-from tests.small_runs import NUMBER_LINE, config, number_line, text_number_line
+from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
 from vlmq_trl import PlainFormat, VLMAgent
 from vlmq_trl.trajectory import TrajectoryError
 from vlmq_trl.vlmq_config import VLMQConfig
@@ -200,6 +200,18 @@ BROKEN_TRAINERS = {
         ValueError,
         "`metric_for_best_model='success_rate'` needs an `eval_env`",
     ),
+    "padding to a multiple": (lambda: {"pad_to_multiple_of": 64}, ValueError, "is for text-only models"),
+    "Liger kernels": (lambda: {"use_liger_kernel": True}, (ValueError, ImportError), "(?i)liger"),
+    "returns beyond float32": (
+        lambda: {"init": {"train_dataset": number_line().map(lambda row: {"reward": 1e20 * row["reward"]})}},
+        ValueError,
+        "too large for float32 arithmetic. Scale the rewards down",
+    ),
+    "an empty evaluation": (
+        lambda: {"init": {"eval_dataset": number_line().select([])}},
+        TrajectoryError,
+        "the dataset has no rows",
+    ),
     "a format's name": (lambda: {"init": {"agent_format": "json"}}, TypeError, "make_format..json"),
     "unknown environment": (
         lambda: {"init": {"eval_env": "vlmq_trl/NumberLines-v0"}},
@@ -277,11 +289,11 @@ def test_no_chat_template(name, tmp_path):
 
 
 def test_no_legal_actions(tmp_path):
-    def made():
-        return gymnasium.make("FrozenLake-v1")
+    class OpenEnded(TextNumberLine):
+        legal_actions = None
 
     with pytest.raises(ValueError, match="`legal_actions_only` needs to know what can be done"):
-        build(tmp_path, legal_actions_only=True, init={"eval_env": made, "agent_format": PlainFormat()})
+        build(tmp_path, legal_actions_only=True, init={"eval_env": OpenEnded, "agent_format": PlainFormat()})
 
 
 def test_a_row_too_long(tmp_path):

@@ -4,13 +4,16 @@
 import math
 from collections import defaultdict
 
+import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
@@ -477,6 +480,40 @@ def test_text_only_rows_are_those_of_stock_trl(name):
     stock = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(examples)
     for k in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(batch[k], stock[k]), k
+
+
+def test_a_tokenizer_that_begins_a_text_with_another_token():
+    """As SentencePiece's do: a response's first token follows the prompt, in training as in play and in stock TRL."""
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<pad>", tiny_models.END]
+    trained = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    words.train_from_iterator([tiny_models.CORPUS, *ANSWERS], trained)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token=tiny_models.END, unk_token="<unk>"
+    )
+    tokenizer.chat_template = tiny_models.chat_template()
+    alone, together = (tokenizer(text)["input_ids"] for text in ("red", "assistant\nred"))
+    assert alone != together[-len(alone) :]
+    turn = [{"role": "user", "content": "Which?"}], None, [{"role": "assistant", "content": "red"}]
+    batch = VLMQDataCollator(tokenizer).tokenize([turn])
+    whole = tokenizer.apply_chat_template(turn[0] + turn[2], return_dict=True)["input_ids"]
+    start = tokenizer.apply_chat_template(turn[0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert whole[: len(start)] == start and batch["input_ids"][0].tolist() == whole
+    assert batch["labels"][0].tolist() == [-100] * len(start) + whole[len(start) :]
+    assert completion_tokens(tokenizer, "red") == whole[len(start) :]
+
+
+def test_rows_in_another_format_or_not_decoded():
+    _, processor = tiny_models.build("idefics3")
+    data = segments("idefics3", ENDINGS)
+    batch = VLMQDataCollator(processor)(data.__getitems__([0, 3]))
+    raw = data.dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    for other in (data.dataset.with_format("torch"), data.dataset.with_format("numpy"), raw):
+        same = SegmentDataset(other, data.index, 1.0)
+        same.return_to_go = data.return_to_go
+        again = VLMQDataCollator(processor)(same.__getitems__([0, 3]))
+        assert again.keys() == batch.keys() and all(torch.equal(again[k], batch[k]) for k in batch)
 
 
 def test_text_only_padding_to_a_multiple():

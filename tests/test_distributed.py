@@ -171,7 +171,7 @@ def test_fsdp_1_is_refused(launch):
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_weights_change(launch, tmp_path):
     error = launch("zero2", "nan", SCALAR, nan_at=3, fails="The loss of update 3 is nan")
     assert "[rank0]: FloatingPointError" in error and "[rank1]: FloatingPointError" in error
-    saved = load_file(tmp_path / "nan" / "checkpoint-3" / MODEL)
+    saved = load_file(tmp_path / "nan" / "stopped-3" / MODEL)
     assert all(x.isfinite().all() for x in saved.values())
 
 

@@ -23,6 +23,7 @@ from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
 from vlmq_trl import EnvEvaluationCallback, losses, vlmq_trainer
 from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, PlainFormat
+from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.envs import make_demonstrator
 from vlmq_trl.online import OnlineData, Schedule
@@ -945,7 +946,10 @@ def test_processes_that_die_or_hang_do_not_stop_training(fault, timeout, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
+    """Aside: the update before may have broken the weights, and the checkpoints before it stay."""
+    pushed = []
+    monkeypatch.setattr(VLMQTrainer, "_push_from_checkpoint", lambda self, folder: pushed.append(Path(folder).name))
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
     policy_loss = losses.policy_loss
 
     def broken(*args, **kwargs):
@@ -953,12 +957,27 @@ def test_a_loss_that_is_not_finite_ends_a_run_that_has_saved_everything(tmp_path
         return loss * float("nan") if trainer.state.global_step == 3 else loss
 
     monkeypatch.setattr(losses, "policy_loss", broken)
-    with pytest.raises(FloatingPointError, match="The loss of update 3 is nan"):
+    trainer.args.push_to_hub = True
+    with pytest.raises(FloatingPointError, match=r"The loss of update 3 is nan.*They lie in \S+stopped-3, which"):
         trainer.train()
+    assert pushed == ["checkpoint-2"] and trainer.args.push_to_hub
+    folders = {path.name for path in tmp_path.iterdir() if path.name.startswith(("checkpoint-", "stopped-"))}
+    assert folders == {"checkpoint-2", "stopped-3"}
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     saved = make_trainer(tmp_path, max_steps=3)
-    saved._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    saved._load_from_checkpoint(str(tmp_path / "stopped-3"))
     for (name, a), b in zip(saved.model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b) and a.isfinite().all(), name
+    monkeypatch.undo()
+    trainer.args.push_to_hub = False
+    trainer.train(resume_from_checkpoint=True)  # the same trainer, from before; nothing is left of the batch
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    assert step_logs(trainer)[-1] == step_logs(whole)[-1]
+    assert_same_run(trainer, whole)
+    other = make_trainer(tmp_path)
+    other.train(resume_from_checkpoint=str(tmp_path / "stopped-3"))  # told to: it goes on from there
+    assert_same_run(other, whole)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):

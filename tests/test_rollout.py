@@ -362,6 +362,7 @@ def test_an_interruption_leaves_what_has_been_collected(error, tmp_path):
 def test_ctrl_c_outside_of_play_leaves_what_has_been_collected(where, tmp_path, monkeypatch):
     """A signal, as the terminal sends it, while an episode is encoded or written, or the file finished."""
     calls = Counter()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 
     def interrupting(function):
         def call(*args, **kwargs):
@@ -376,14 +377,17 @@ def test_ctrl_c_outside_of_play_leaves_what_has_been_collected(where, tmp_path, 
     names = {"encoding": (episodes_module, "_structured"), "writing": (ArrowWriter, "write")}
     owner, name = names.get(where, (ArrowWriter, "finalize"))
     monkeypatch.setattr(owner, name, interrupting(getattr(owner, name)))
-    with pytest.raises(KeyboardInterrupt) as caught:
-        collect_demonstrations(Countdown, policy=Scripted(), episodes=20, cache_dir=tmp_path, progress=False)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            collect_demonstrations(Countdown, policy=Scripted(), episodes=20, cache_dir=tmp_path, progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     number, file = re.search(r"The (\d+) episodes .* lie in (\S+?\.arrow)", caught.value.__notes__[0]).groups()
     assert [str(path) for path in tmp_path.iterdir()] == [file]
     kept = validate_trajectories(datasets.Dataset.from_file(file), "all").episode_ids.tolist()
     assert kept == [f"Countdown/{seed}" for seed in range(int(number))]
     assert len(kept) == 20 if where == "finishing" else 3 < len(kept) < 20
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_answer_that_cannot_be_stored_leaves_what_came_before(tmp_path):

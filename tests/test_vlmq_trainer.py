@@ -3,6 +3,7 @@
 
 import json
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -619,6 +620,47 @@ def test_the_rate_falls_on_a_plateau_of_the_loss(tmp_path):
     trainer = make_trainer(tmp_path, name="llama", dataset=data, init={"eval_dataset": data}, **run)
     trainer.train()
     assert trainer.args.metric_for_best_model == "loss" and trainer.lr_scheduler.best < float("inf")
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_success_that_rises_keeps_the_rate(scheduler, tmp_path, monkeypatch):
+    """And where there is no environment the loss is the metric, of either scheduler."""
+    run = {"lr_scheduler_type": scheduler, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    run["lr_scheduler_kwargs"] = {"patience": 0}
+    data, init = text_number_line(), {"eval_env": TextNumberLine}
+    trainer = make_trainer(tmp_path, name="llama", dataset=data, init=init, **run)
+    rising = iter([0.1, 0.3, 0.6, 0.9])
+    played = vlmq_trainer.evaluate_model
+    monkeypatch.setattr(
+        vlmq_trainer, "evaluate_model", lambda *a, **k: {**played(*a, **k), "success_rate": next(rising)}
+    )
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] >= trainer.args.learning_rate
+    run |= {"max_steps": 1, "lr_scheduler_kwargs": None}
+    trainer = make_trainer(tmp_path / "loss", name="llama", dataset=data, init={"eval_dataset": data}, **run)
+    trainer.train()
+    assert trainer.args.metric_for_best_model == "loss"
+
+
+def test_workers_of_evaluations_stay_as_they_are(tmp_path):
+    data = {"one": text_number_line(), "two": text_number_line(episodes=5)}
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(tmp_path, name="llama", dataset=data["one"], init={"eval_dataset": data}, **workers)
+    before = len(multiprocessing.active_children())
+    first, count = trainer.evaluate(), len(multiprocessing.active_children())
+    again = trainer.evaluate()
+    assert count - before == 2 == len(multiprocessing.active_children()) - before
+    losses = {name: value for name, value in first.items() if name.endswith("_loss")}
+    assert losses == {name: again[name] for name in losses} and losses["eval_one_loss"] != losses["eval_two_loss"]
+    for loader in trainer._eval_dataloaders.values():
+        del loader.base_dataloader._iterator
+
+
+def test_another_optimiser_s_state(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    changed = make_trainer(tmp_path, max_steps=2, critic_learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"checkpoint-1 is not that of this run: .*parameter groups.*as they were"):
+        changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_an_optimizer_class(tmp_path):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A turn as text and tokens, alike in play and in training: the chat template, its endings, the families' processors.
 
-Contents: `check_chat_template`, `as_messages`, `chat_text`, `turn_ending`, `stop_token_ids`, `completion_tokens`,
-`pictures`, `turn_processor`.
+Contents: `check_chat_template`, `as_messages`, `chat_text`, `turn_ending`, `stop_token_ids`, `text_tokens`,
+`completion_tokens`, `pictures`, `turn_processor`.
 """
 
 from collections.abc import Iterable
@@ -109,15 +109,28 @@ def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, g
     return sorted(ids - {None})
 
 
+def text_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """The tokens of a text-only turn: the prompt's, as play generates from them, and those that follow.
+
+    Some tokenizers (SentencePiece's) begin another text with another token than goes on in the midst of one.
+    """
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    if whole[: len(start)] == start:
+        return start, whole[len(start) :]
+    return start, tokenizer(completion, add_special_tokens=False)["input_ids"]  # a token would reach over the border
+
+
 def completion_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase, response: str) -> list[int]:
     """The tokens of a response as training sees it, by the chat template, its end token included."""
     example = {
         "prompt": as_messages([{"role": "user", "content": ""}], processing_class),
         "completion": as_messages([{"role": "assistant", "content": response}], processing_class),
     }
-    completion = chat_text(example, processing_class)["completion"]
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    rendered = chat_text(example, processing_class)
+    if not isinstance(processing_class, ProcessorMixin):
+        return text_tokens(processing_class, **rendered)[1]
+    return list(processing_class.tokenizer(rendered["completion"], add_special_tokens=False)["input_ids"])
 
 
 def pictures(images: Iterable[Any]) -> list[PIL.Image.Image]:

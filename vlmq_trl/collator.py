@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image, List
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from .agent_format import AgentFormat
-from .chat import as_messages, chat_text, pictures, turn_processor
+from .chat import as_messages, chat_text, pictures, text_tokens, turn_processor
 from .trajectory import EpisodeIndex
 
 TURN_COLUMNS = ("prompt", "images", "completion", "final_prompt", "final_images", "behavior_logprobs")
@@ -103,7 +103,10 @@ class SegmentDataset(TorchDataset):
         with_bootstrap: bool = True,
         bootstrap_truncated: bool = True,
     ):
-        self.dataset = dataset.select_columns([c for c in TURN_COLUMNS if c in dataset.column_names])
+        self.dataset = dataset.with_format(None).select_columns([c for c in TURN_COLUMNS if c in dataset.column_names])
+        for name in ("images", "final_images"):
+            if not getattr(getattr(self.dataset.features.get(name), "feature", None), "decode", True):
+                self.dataset = self.dataset.cast_column(name, List(Image()))
         self.index = index
         self.with_bootstrap, self.bootstrap_truncated = with_bootstrap, bootstrap_truncated
         self.return_to_go = index.returns_to_go(gamma)
@@ -283,8 +286,7 @@ class VLMQDataCollator:
             return dict(collate(rows))
         examples = []
         for row in rows:
-            prompt = self.processing_class(row["prompt"], add_special_tokens=False)["input_ids"]
-            completion = self.processing_class(row["completion"], add_special_tokens=False)["input_ids"]
+            prompt, completion = text_tokens(self.processing_class, row["prompt"], row["completion"])
             examples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
         pad_token_id = self.processing_class.pad_token_id
         collate = DataCollatorForLanguageModeling(pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)

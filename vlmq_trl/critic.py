@@ -163,6 +163,7 @@ class Critic(nn.Module):
     """
 
     MIN_STD = 1e-4  # the floor, as a share of the deviation (or the mean) that the returns began with
+    LARGEST = 1e18  # returns whose squares, and sums of them, float32 holds
     EQUAL = 1e-6  # returns whose deviation is a smaller share of their mean differ by rounding only
     NOISE = 0.1  # what fresh heads say in place of equal returns, as a share of the same
     SEEN = 5.0  # a batch whose deviation is as many times the running one has returns that differ
@@ -220,7 +221,15 @@ class Critic(nn.Module):
 
         Returns that are all equal have no scale but their own size, or 1 where they are 0; it is the deviation until
         `update_moments` sees them differ. The variance begins at that of fresh heads, whose values targets hold too.
+
+        Raises:
+            ValueError: returns whose squares are too large for float32.
         """
+        if not max(abs(mean), std) <= self.LARGEST:
+            raise ValueError(
+                f"The returns have a mean of {mean:.3g} and a standard deviation of {std:.3g}, too large for float32 "
+                "arithmetic. Scale the rewards down."
+            )
         if std > self.EQUAL * abs(mean):
             variance, floor = std**2, self.MIN_STD * std
         else:

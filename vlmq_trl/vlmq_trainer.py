@@ -79,6 +79,7 @@ from .trajectory import EpisodeIndex, validate_trajectories
 from .vlmq_config import VLMQConfig
 
 CONFIG_NAME = "vlmq_config.json"
+STOPPED = "stopped"  # checkpoint of weights that may be broken, with its step
 EPISODES_FOLDER = "episodes"  # of the recorder, in `output_dir`
 PRIORITIES_NAME = "replay_priorities-{}.npz"  # of each process
 # Entropy, in nats, above which the policy is taken to be uncertain about a token.
@@ -161,7 +162,7 @@ class VLMQTrainer(SFTTrainer):
             model = os.fspath(model)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = VLMQConfig(f"{name.split('/')[-1]}-VLMQ")
+            args = VLMQConfig(f"{name.rstrip('/').split('/')[-1]}-VLMQ")
         elif not isinstance(args, VLMQConfig):
             raise TypeError(f"`args` must be a `VLMQConfig`, got `{type(args).__name__}`.")
         args = copy.copy(args)  # some fields are set below; the user's may be those of another run, too
@@ -180,8 +181,9 @@ class VLMQTrainer(SFTTrainer):
         first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
         # By the dataset's id; the dataset is kept beside its index, so that no other can take its id.
         self._eval_indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
-        for split in eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset]):
-            self._index_of(split)
+        if eval_dataset is not None:
+            for split in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+                self._index_of(split)
         if args.off_policy_trace == "retrace" and env is None and not _has_log_probs(train_dataset):
             raise ValueError(
                 "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
@@ -207,15 +209,21 @@ class VLMQTrainer(SFTTrainer):
         self.eval_env, self.agent_format = eval_env, agent_format
         if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
             raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
+        by_metric = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
         if eval_env is None and args.metric_for_best_model == "success_rate":
             if args.load_best_model_at_end or args.save_strategy == "best":
                 raise ValueError(
                     "`metric_for_best_model='success_rate'` needs an `eval_env`. Give one, or choose a metric of the "
                     "`eval_dataset`, such as 'loss'."
                 )
-            # Which needs a metric, as in `Trainer`.
-            plateau = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-            args.metric_for_best_model, args.greater_is_better = ("loss", False) if plateau else (None, None)
+            args.metric_for_best_model, args.greater_is_better = ("loss", False) if by_metric else (None, None)
+        if by_metric and args.greater_is_better:  # they would take success for a loss
+            args.lr_scheduler_kwargs = {"mode": "max", **(args.lr_scheduler_kwargs or {})}
+        if args.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel=True` would do nothing: `Trainer` puts the kernels into models of its own kind, "
+                "and not into one with a critic around it. Leave it out; as with its fused loss, logits are not all kept."
+            )
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # the target heads are buffers, and every process computes the same
         init_kwargs = {**(args.model_init_kwargs or {}), "use_safetensors": True}
@@ -253,6 +261,10 @@ class VLMQTrainer(SFTTrainer):
             for name, value in own.items():
                 setattr(args, name, value)
         check_chat_template(self.processing_class)
+        if args.pad_to_multiple_of is not None and isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"`pad_to_multiple_of={args.pad_to_multiple_of}` is for text-only models: processors pad as they do."
+            )
         self.data_collator = VLMQDataCollator(
             self.processing_class,
             args.max_length,
@@ -374,6 +386,7 @@ class VLMQTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of `per_device_train_batch_size` turns; one epoch sees every turn once. Online, `get_batch_samples`
         draws them, without end."""
+        self._forget_batches()
         if self.env is not None:
             self._open_online(self.env)
             return DataLoader(_DrawnOnline(), batch_size=None)
@@ -390,11 +403,16 @@ class VLMQTrainer(SFTTrainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        index, key = self._index_of(dataset), str(id(dataset))
+        known = getattr(self, "_eval_dataloaders", {})  # `Trainer`'s: with workers that stay
+        if key in known:
+            return known[key]
         return self._get_dataloader(
-            dataset=self._segments(dataset, self._index_of(dataset)),
+            dataset=self._segments(dataset, index),
             description="Evaluation",
             batch_size=self.args.eval_batch_size,
             sampler_fn=lambda dataset: self._segment_sampler(dataset, shuffle=False),
+            dataloader_key=key,
         )
 
     def _index_of(self, dataset: Dataset) -> EpisodeIndex:
@@ -453,8 +471,8 @@ class VLMQTrainer(SFTTrainer):
             online.check_run()
         try:
             online.advance(update)
-        except Exception:
-            self._save_before_stopping()
+        except Exception as error:
+            self._save_before_stopping(aside=self._broke_the_weights(error))
             raise
         if self._index is None and update == 0 and self._with_critic and self.model.critic.is_fresh:
             returns = np.concatenate(gather_object([online.buffer.return_to_go[online.rows()]]))
@@ -509,14 +527,38 @@ class VLMQTrainer(SFTTrainer):
         self.control = self.callback_handler.on_train_end(args, state, self.control)
         return True
 
-    def _save_before_stopping(self) -> None:
-        """A checkpoint of what was learned so far; an error is coming that matters more than one in saving."""
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.global_step and not (folder / TRAINER_STATE_NAME).is_file():
-            try:
-                self._save_checkpoint(self.model, trial=None)
-            except Exception as error:
-                warnings.warn(f"No checkpoint could be saved: {error}", stacklevel=2)
+    def _save_before_stopping(self, aside: bool = False) -> Path | None:
+        """A checkpoint of what was learned so far; an error is coming that matters more than one in saving.
+
+        Args:
+            aside: the weights may be broken: nothing resumes from it unless told to, no earlier checkpoint is removed
+                for it, and it is not pushed.
+        """
+        args, state = self.args, self.state
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not state.global_step or (folder / TRAINER_STATE_NAME).is_file():
+            return None
+        usual = args.save_total_limit, args.push_to_hub
+        try:
+            if aside:
+                args.save_total_limit, args.push_to_hub = None, False
+            self._save_checkpoint(self.model, trial=None)
+            if aside:
+                self.accelerator.wait_for_everyone()
+                put, folder = folder, folder.with_name(f"{STOPPED}-{state.global_step}")
+                if self.is_world_process_zero():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    put.rename(folder)
+            return folder
+        except Exception as failure:
+            warnings.warn(f"No checkpoint could be saved: {failure}", stacklevel=2)
+            return None
+        finally:
+            args.save_total_limit, args.push_to_hub = usual
+
+    def _broke_the_weights(self, error: Exception) -> bool:
+        """Logits that are not finite; of several processes each may have another error, and all save alike."""
+        return isinstance(error, FloatingPointError) and self.args.world_size == 1
 
     # ---- loss ----
 
@@ -567,11 +609,13 @@ class VLMQTrainer(SFTTrainer):
         total = self._record_losses(mode, loss, output, weights, parts, inputs, turns)
         if mode == "train" and not math.isfinite(total):  # on every process alike, and before the weights change
             self.model.zero_grad()
-            self._save_before_stopping()
-            saved = ", and are saved" if self.state.global_step else ""
+            self._forget_batches()
+            saved = self._save_before_stopping(aside=True)
+            where = "" if saved is None else f" They lie in {saved}, which `resume_from_checkpoint=True` passes over."
             raise FloatingPointError(
-                f"The loss of update {self.state.global_step} is {total}. The weights are still those from before it"
-                f"{saved}. Lower `learning_rate` or `max_grad_norm`, or look for extreme rewards."
+                f"The loss of update {self.state.global_step} is {total}. The weights are those from before it, which "
+                f"the update before may have broken.{where} Go on from an earlier checkpoint with a lower "
+                "`learning_rate` or `max_grad_norm`, or look for extreme rewards."
             )
         return (loss, output) if return_outputs else loss
 
@@ -612,6 +656,12 @@ class VLMQTrainer(SFTTrainer):
         if self._online is not None and self._online.priorities is not None:
             surprise = losses.normalize(returns, mean, std) - judged.turn_values
             self._online.learned(turns["turn_row"].cpu().numpy(), surprise.cpu().numpy())
+
+    def _forget_batches(self) -> None:
+        """Of updates that did not come about: after an error, or a batch that was too large for the memory."""
+        self._target_sums.zero_()
+        for recorded in self._recorded.values():
+            recorded.clear()
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -701,9 +751,9 @@ class VLMQTrainer(SFTTrainer):
                     distributed=True,
                     progress=not self.args.disable_tqdm and self.is_world_process_zero(),
                 )
-        except Exception:
+        except Exception as error:
             if self.is_in_train:
-                self._save_before_stopping()
+                self._save_before_stopping(aside=self._broke_the_weights(error))
             raise
         played |= {"runtime": time.perf_counter() - start, "temperature": temperature, "seed": seed}
         played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
@@ -921,7 +971,14 @@ class VLMQTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As `Trainer` does; and the priorities, without which all turns are alike at first."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"The optimiser of {checkpoint} is not that of this run: {error}. Set `optim`, `critic_coef`, "
+                "`critic_learning_rate` (or None) and what is trained as they were, or begin another run with its "
+                "folder as the model."
+            ) from error
         if checkpoint is not None and self._online is not None and self._online.priorities is not None:
             path = Path(checkpoint) / PRIORITIES_NAME.format(self.args.process_index)
             if path.is_file():
@@ -962,7 +1019,7 @@ class VLMQTrainer(SFTTrainer):
     def _upload_output(self, token: str | None, revision: str | None, **kwargs: Any) -> Any:
         """Uploads `output_dir` without checkpoints and play."""
         folder = Path(self.args.output_dir)
-        kept_here = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{EPISODES_FOLDER}/*"]
+        kept_here = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"{STOPPED}-*", f"{EPISODES_FOLDER}/*"]
         replay = Path(os.path.relpath(replay_folder(self.args), folder))
         if ".." not in replay.parts:
             kept_here.append(f"{replay.as_posix()}/*")
