@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -78,7 +78,7 @@ from vlmq_trl import (
     wilson_interval,
 )
 from vlmq_trl.checkpoints import newest_checkpoint
-from vlmq_trl.env_pool import EnvSpec, make_env
+from vlmq_trl.env_pool import EnvSpec, close_env, make_env, registered
 from vlmq_trl.envs import DOMAINS
 from vlmq_trl.modeling import existing, has_critic, hub_arguments, load_pretrained, load_processor
 from vlmq_trl.show import env_option
@@ -99,6 +99,27 @@ LEAST = {
     "test_seed": 0,
     "embedded_steps": 1,
 }
+
+# Arguments of `VLMQConfig` that only a run that collects heeds.
+ONLINE_ONLY = (
+    "max_env_turns",
+    "offline_steps",
+    "turns_per_round",
+    "updates_per_turn",
+    "replay_warmup_turns",
+    "replay_capacity",
+    "replay_dir",
+    "replay_prioritized_fraction",
+    "rollout_epsilon",
+    "rollout_search_fraction",
+    "rollout_repeat_fraction",
+    "rollout_temperature",
+    "rollout_action_temperature",
+    "online_fraction",
+    "online_thought_weight",
+    "online_thought_filter",
+    "async_collection",
+)
 
 # Defaults of this script where they differ from TRL's; the command line and the YAML file override them.
 DEFAULTS: dict[str, Any] = {
@@ -201,15 +222,26 @@ class AgentArguments:
                 f"`game` {self.game} is short for an `env_id`, and {self.env_id} is given too; leave one."
             )
         self.env_id = self.env_id or f"vlmq_trl/{self.game or 'NumberLine'}-v0"
-        self.env_options = [self.env_options] if isinstance(self.env_options, str) else list(self.env_options)
+        for name in ("env_options", "method"):
+            value = getattr(self, name)
+            value = [value] if isinstance(value, str) else value
+            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                raise ValueError(f"`{name}` is {value!r}; it must be a list of texts.")
+            setattr(self, name, value)
         self.env_kwargs = dict(map(env_option, self.env_options))
-        self.method = [self.method] if isinstance(self.method, str) else list(self.method)
         for method in self.method:
             if method not in METHODS:
                 raise ValueError(f"`method` has {method!r}; choose among {', '.join(METHODS)}.")
         if not self.method or len(set(self.method)) != len(self.method):
             raise ValueError(f"`method` is {self.method}; name one or several different methods.")
+        if not isinstance(self.policy, str):
+            raise ValueError(f"`policy` is {self.policy!r}; it must be text, such as flawed:0.6.")
         make_demonstrator(self.env_id, self.policy)  # raises for a policy that it does not know
+        if ":" in self.env_id:
+            try:
+                registered(self.env_id)  # imports its module
+            except Exception as error:
+                raise ValueError(f"`env_id` {self.env_id}: {error}") from error
         if self.env_kwargs:
             try:
                 make_env(self.env).close()
@@ -221,9 +253,9 @@ class AgentArguments:
             value = getattr(self, name)
             if value is None and name == "embedded_steps":
                 continue
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` is {value}; it must be a whole number, at least {least}.")
-        if not 0 < self.top_fraction <= 1:
+        if not isinstance(self.top_fraction, float | int) or not 0 < self.top_fraction <= 1:
             raise ValueError(f"`top_fraction` is {self.top_fraction}; it must lie in (0, 1].")
         if not self.with_data and (not self.online or self.method != ["vlmq"]):
             raise ValueError("`episodes` is 0: only `--online` and `--method vlmq` can do without data.")
@@ -302,7 +334,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
 
 def check_episodes(script: AgentArguments, args: VLMQConfig) -> None:
     """Raises ValueError unless the validation comes at whole steps, and no episode serves two purposes."""
-    if args.eval_steps != int(args.eval_steps) or args.eval_steps < 1:
+    if not isinstance(args.eval_steps, float | int) or args.eval_steps != int(args.eval_steps) or args.eval_steps < 1:
         raise ValueError(f"`eval_steps` is {args.eval_steps}; it must be a whole number of optimiser steps.")
     spans = [
         (args.eval_seed, args.eval_episodes, "`eval_seed`"),
@@ -334,6 +366,11 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
         )
     if script.online and "vlmq" not in script.method:
         raise ValueError(f"`online` is for the method vlmq; `method` is {script.method}.")
+    if not script.online:
+        named = {f.name: f.default for f in fields(args) if f.name in ONLINE_ONLY}
+        idle = [f"`{name}` {getattr(args, name)}" for name, default in named.items() if getattr(args, name) != default]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} would have no effect: set `online`, or leave them out.")
     if args.deepspeed_plugin is not None and len(script.method) > 1:
         raise ValueError(
             "DeepSpeed can be started once in a process: give one `method`, and the others in runs of their own with "
@@ -445,7 +482,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
 
     with args.main_process_first(desc="model and data"):
         model_name = model_config.model_name_or_path or embedded_model(script)
-        dataset = load_data(script, agent_format) if script.with_data else None
+        dataset = load_data(script, args, agent_format) if script.with_data else None
     data = None if dataset is None else level_of(dataset, script, args)
     if data is not None:
         level = percent(data["success_rate"])
@@ -507,12 +544,25 @@ def write_results(results: dict[str, Any], output: Path, args: VLMQConfig) -> No
 
 
 def embedded_model(script: AgentArguments) -> str:
-    """Directory of the embedded model that reads this environment."""
+    """Directory of the embedded model that reads this environment, as its options have it."""
     steps = {} if script.embedded_steps is None else {"steps": script.embedded_steps}
-    return load_embedded_model(EmbeddedRecipe(games=(script.reading_lessons,), **steps))
+    options = script.env_kwargs if script.env_kwargs and looks_other(script) else {}
+    return load_embedded_model(EmbeddedRecipe(games=(script.reading_lessons,), env_kwargs=options, **steps))
 
 
-def load_data(script: AgentArguments, agent_format: AgentFormat | None = None) -> datasets.Dataset:
+def looks_other(script: AgentArguments) -> bool:
+    """Whether the environment's options change what it shows or says at its start, or how it is read."""
+    looks = []
+    for env in (script.env, script.env_id):
+        made: Any = make_env(env)
+        observation, _ = made.reset(seed=0)
+        looks.append((observation, made.unwrapped.task, made.unwrapped.reading_fields))
+        close_env(made)
+    (one, *own), (other, *others) = looks
+    return own != others or one.keys() != other.keys() or any(not np.array_equal(one[k], other[k]) for k in one)
+
+
+def load_data(script: AgentArguments, args: VLMQConfig, agent_format: AgentFormat | None = None) -> datasets.Dataset:
     """The trajectory dataset that all methods train on."""
     if script.dataset_path is not None:
         return load_trajectories(script.dataset_path)
@@ -524,6 +574,7 @@ def load_data(script: AgentArguments, agent_format: AgentFormat | None = None) -
         agent_format=agent_format,
         env_kwargs=script.env_kwargs,
         num_envs=script.collection_num_envs,
+        max_env_failures=args.max_env_failures,
     )
 
 
@@ -699,9 +750,10 @@ def test_model(
             agent_format=agent_format,
             workers=args.rollout_workers,
             env_timeout=args.env_timeout,
+            max_env_failures=args.max_env_failures,
             distributed=True,
         )
-        played["successes"] = round(played["success_rate"] * episodes)
+        played["successes"] = round(played["success_rate"] * played["episodes"])
         played["seconds"] = time.perf_counter() - start
         if script.reading_lessons == "Points24":
             played["solvable"] = count_solvable(script.env, episodes, script.test_seed)

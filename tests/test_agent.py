@@ -136,6 +136,16 @@ def test_legal_actions_only(family, seen, tmp_path):
     )
     for best_of in (1, 2):
         assert episode_metrics(agent.play(episodes=2, best_of=best_of))["valid_rate"] == 1
+    # In another format than its own, each call.
+    fmt = CallableFormat(
+        parse_fn=lambda text: text.removeprefix("<a>") if text.startswith("<a>") else None,
+        render_fn=lambda action, reading, thoughts: f"<a>{action}",
+    )
+    agent.agent_format = None
+    for best_of in (1, 2):
+        (episode,) = agent.play(env, episodes=1, best_of=best_of, agent_format=fmt)
+        assert episode.valid_rate == 1 and all(turn.completion.startswith("<a>") for turn in episode.turns)
+    agent.agent_format = PlainFormat()
     if not text:
         assert agent.act(*seen, legal_actions=["+"]).action == "+"
         with pytest.raises(ValueError, match="say which there are, by `legal_actions`"):

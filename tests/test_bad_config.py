@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import PlainFormat, VLMAgent
+from vlmq_trl import CallableFormat, PlainFormat, VLMAgent, collect_demonstrations, evaluate_model
 from vlmq_trl.trajectory import TrajectoryError
 from vlmq_trl.vlmq_config import VLMQConfig
 from vlmq_trl.vlmq_trainer import VLMQTrainer
@@ -294,6 +294,22 @@ def test_no_legal_actions(tmp_path):
 
     with pytest.raises(ValueError, match="`legal_actions_only` needs to know what can be done"):
         build(tmp_path, legal_actions_only=True, init={"eval_env": OpenEnded, "agent_format": PlainFormat()})
+
+
+def test_a_format_that_does_not_write_what_it_reads(tmp_path):
+    """Whatever has to write an action says so, where the environment would get none."""
+    fmt = CallableFormat(parse_fn=lambda text: text[3:] if text.startswith("<a>") else None)  # no `render_fn`
+    said = r"writes the action '.' as '.', and finds no action at all in it\. Give it a `render_fn`"
+    with pytest.raises(ValueError, match=said):
+        collect_demonstrations(NUMBER_LINE, policy="expert", episodes=2, agent_format=fmt, progress=False)
+    model, processor = tiny_models.build("llama")
+    with pytest.raises(ValueError, match=said):
+        evaluate_model(model, processor, TextNumberLine, episodes=2, legal_actions_only=True, agent_format=fmt)
+    for option in ({"rollout_epsilon": 0.1}, {"rollout_epsilon_start": 0.1, "rollout_annealing_turns": 9}):
+        init = {"env": TextNumberLine, "agent_format": fmt, "train_dataset": None}
+        with pytest.raises(ValueError, match=said):
+            build(tmp_path, name="llama", init=init, max_steps=2, **option)
+    build(tmp_path, name="llama", init=init, max_steps=2)
 
 
 def test_a_row_too_long(tmp_path):

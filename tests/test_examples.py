@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`examples/`: the Gym Cards script from its command line to table, curve, results and saved models; its errors."""
 
+import functools
 import json
 import os
 import shutil
@@ -16,18 +17,21 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples import train_agent
 from tests import tiny_models
+from tests.misbehaving_envs import Misbehaving
 from vlmq_trl import (
     AutoModelForImageTextToTextWithValueHead,
+    PlainFormat,
     VLMAgent,
     callbacks,
     collect_demonstrations,
     save_trajectories,
     vlmq_trainer,
 )
+from vlmq_trl.modeling import load_pretrained
 from vlmq_trl.replay import load_replay
 
 ROOT = Path(__file__).parents[1]
@@ -354,6 +358,45 @@ def test_the_module_that_registers_an_environment_is_no_part_of_its_id():
         train_agent.check_data(data, script, args)
 
 
+def test_a_module_that_registers_an_environment_is_imported(tmp_path, monkeypatch):
+    """Before the embedded model is asked for, which is made for a registered one."""
+    (tmp_path / "games_of_ones_own.py").write_text(
+        "import gymnasium\ngymnasium.register('Own-v0', 'vlmq_trl.envs.gym_cards:NumberLine')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipes = []
+    monkeypatch.setattr(train_agent, "load_embedded_model", recipes.append)
+    try:
+        train_agent.embedded_model(train_agent.parse(["--env_id", "games_of_ones_own:Own-v0"])[0])
+    finally:
+        gymnasium.registry.pop("Own-v0", None)
+    assert [recipe.games for recipe in recipes] == [("Own-v0",)]
+
+
+def test_the_embedded_model_is_taught_what_the_options_show(monkeypatch):
+    recipes = []
+    monkeypatch.setattr(train_agent, "load_embedded_model", recipes.append)
+    for options in (["max_turns=9"], ["view=full"], ["max_turns=9", "view=full"]):
+        argv = ["--env_id", "vlmq_trl/BabyAI-GoToObj-v0", "--env_options", *options]
+        train_agent.embedded_model(train_agent.parse(argv)[0])
+    assert [recipe.env_kwargs for recipe in recipes] == [{}, {"view": "full"}, {"max_turns": 9, "view": "full"}]
+
+
+def test_an_environment_that_fails_in_the_test(model_name, monkeypatch):
+    """Its episode is dropped, as in training."""
+    argv = flags(**SMALL, model_name_or_path=model_name, max_env_failures=1)
+    script, args, _ = train_agent.parse(argv)
+    first = script.test_seed
+    monkeypatch.setattr(
+        train_agent.AgentArguments, "env", property(lambda self: functools.partial(Misbehaving, "raise", (first + 1,)))
+    )
+    model, processor = load_pretrained(model_name), AutoProcessor.from_pretrained(model_name)
+    tested = train_agent.test_model(model, processor, script, args, PlainFormat())
+    for kind, asked in (("greedy", script.test_episodes), ("sampled", script.sampled_test_episodes)):
+        assert tested[kind]["episodes"] == asked - 1
+        assert tested[kind]["successes"] == round(tested[kind]["success_rate"] * (asked - 1))
+
+
 @pytest.mark.parametrize("method", ["sft", "vlmq"])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], None], ids=["chosen", "default"])
 def test_the_vision_tower_is_frozen_for_lora_too(targets, method, model_name, tmp_path):
@@ -482,6 +525,14 @@ def test_few_browsers_at_once(model_name):
         ),
         (["--method", "ppo"], "--method: invalid choice: 'ppo'"),
         (["--method", "sft", "sft"], "name one or several different methods"),
+        (
+            ["--env_id", "no_module:Chess-v0"],
+            "`env_id` no_module:Chess-v0: No module named 'no_module'",
+        ),
+        (
+            ["--max_env_turns", "900", "--offline_steps", "5"],
+            "`offline_steps` 5, `max_env_turns` 900 would have no effect: set `online`",
+        ),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
         (["--episodes", "-1"], "`episodes` is -1; it must be a whole number, at least 0"),
         (["--episodes", "0"], "`episodes` is 0: only `--online` and `--method vlmq` can do without data"),
@@ -531,6 +582,13 @@ def test_a_bad_value_in_a_file_ends_with_a_message(tmp_path, capsys):
         ("- 1", "YAML mapping"),
         ("episodes: 20.5", "`episodes` is 20.5; it must be a whole number"),
         ("episodes: [", "while parsing"),
+        ("episodes: true", "`episodes` is True; it must be a whole number"),
+        ("policy: 0.5", "`policy` is 0.5; it must be text"),
+        ("policy: [expert, random]", "`policy` is ['expert', 'random']; it must be text"),
+        ("env_options: 5", "`env_options` is 5; it must be a list of texts"),
+        ("method: 5", "`method` is 5; it must be a list of texts"),
+        ("top_fraction: null", "`top_fraction` is None; it must lie in (0, 1]"),
+        ("eval_steps: null", "`eval_steps` is None; it must be a whole number"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SystemExit):

@@ -132,6 +132,7 @@ def test_a_policy_on_a_function(tmp_path):
         (["vlmq_trl/MiniWoB-bisect-angle-v0"], "no script plays bisect-angle, only random play"),
         (["vlmq_trl/EZPoints-v0", "--episodes", "0"], "episodes must be at least 1"),
         (["vlmq_trl/EZPoints-v0", "--policy", "expert", "--model", "m"], "not allowed with"),
+        (["vlmq_trl/EZPoints-v0", "--temperature", "0.5"], "--temperature is a model's, and no --model is given"),
     ],
 )
 def test_bad_arguments_end_with_a_line(tmp_path, capsys, arguments, text):

@@ -234,27 +234,33 @@ class VLMAgent:
         env = self.env if env is None else env
         if env is None:
             raise ValueError("Which environment? Give `env`: the agent's card names none.")
-        if kwargs.get("agent_format") is None:
-            kwargs["agent_format"] = self.own_format()  # None for the environment's
-        policy = self.policy(best_of=best_of)
+        fmt = kwargs.get("agent_format") or self.own_format()
+        if fmt is None and self.legal_actions_only:
+            fmt = _default_of(env)
+        kwargs["agent_format"] = fmt  # None for the environment's
+        policy = self.policy(best_of=best_of, agent_format=fmt)
         return list(play_episodes(env, policy, episodes=episodes, seed=seed, **kwargs))
 
-    def policy(self, best_of: int = 1) -> "ModelPolicy | BestOfPolicy":
-        """The agent as a `Policy`, for `play_episodes`, `record_play` and their kin."""
+    def policy(self, best_of: int = 1, agent_format: AgentFormat | None = None) -> "ModelPolicy | BestOfPolicy":
+        """The agent as a `Policy`, for `play_episodes`, `show_episodes` and their kin.
+
+        Args:
+            agent_format: in which it will play, with `legal_actions_only`; default its own.
+        """
         if best_of < 1 or (best_of > 1 and self.critic is None):
             raise ValueError(f"`best_of={best_of}`: it must be at least 1, and above 1 it needs a critic.")
         if best_of > 1:
-            return BestOfPolicy(self, best_of)
-        return self._model_policy(self.temperature)
+            return BestOfPolicy(self, best_of, agent_format)
+        return self._model_policy(self.temperature, agent_format)
 
-    def _model_policy(self, temperature: float) -> ModelPolicy:
+    def _model_policy(self, temperature: float, agent_format: AgentFormat | None) -> ModelPolicy:
         return ModelPolicy(
             self.model,
             self.processing_class,
             temperature=temperature,
             max_completion_length=self.max_completion_length,
             legal_actions_only=self.legal_actions_only,
-            agent_format=self._format() if self.legal_actions_only else None,
+            agent_format=(agent_format or self._format()) if self.legal_actions_only else None,
         )
 
     def own_format(self) -> AgentFormat | None:
@@ -345,10 +351,10 @@ class BestOfPolicy:
         values: of the responses of the last `act`, in units of return.
     """
 
-    def __init__(self, agent: VLMAgent, n: int):
+    def __init__(self, agent: VLMAgent, n: int, agent_format: AgentFormat | None = None):
         self.agent, self.n = agent, n
         self.values: list[float] = []
-        self._policy = agent._model_policy(agent.temperature or 1.0)
+        self._policy = agent._model_policy(agent.temperature or 1.0, agent_format)
 
     def act(self, requests: list[Request]) -> list[Response]:
         repeated = [request for request in requests for _ in range(self.n)]

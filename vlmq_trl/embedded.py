@@ -21,8 +21,9 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -111,6 +112,7 @@ class EmbeddedRecipe:
         vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
             otherwise.
         version: of the lessons. Where it differs, so do they.
+        env_kwargs: of the one environment in `games`, where they change what it shows or says.
     """
 
     games: tuple[str, ...] = GAMES
@@ -129,8 +131,11 @@ class EmbeddedRecipe:
     layers: int = BY_GAMES
     vocab_size: int = BY_GAMES
     version: int = BY_GAMES
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.env_kwargs and len(self.games) > 1:
+            raise ValueError(f"`env_kwargs={self.env_kwargs}` are of one environment, and `games` are {self.games}.")
         unknown = [game for game in self.games if game not in GAMES and game not in gymnasium.registry]
         if unknown or not self.games:
             raise ValueError(f"`games` must name some of {GAMES}, or registered environments, got {self.games}.")
@@ -178,7 +183,10 @@ def load_embedded_model(
     """
     recipe = recipe or EmbeddedRecipe()
     root = Path(cache_dir or os.environ.get("VLMQ_TRL_CACHE") or Path.home() / ".cache" / "vlmq_trl")
-    key = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    own = asdict(recipe)
+    if not recipe.env_kwargs:  # the keys of before there were any
+        del own["env_kwargs"]
+    key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
     path = root / f"embedded-{key}"
     if (path / "model.safetensors").is_file():
         return str(path)
@@ -227,12 +235,10 @@ def build_embedded_model(
         processor = build_processor(recipe)
         model = build_model(recipe, processor)
         model.to("cuda" if devices else "cpu")
-        lessons = [_Lesson.collect(game, recipe.states, recipe.seed + 1, processor, progress) for game in recipe.games]
+        taught = partial(_Lesson.collect, processor=processor, env_kwargs=recipe.env_kwargs)
+        lessons = [taught(game, recipe.states, recipe.seed + 1, progress=progress) for game in recipe.games]
         # Seeds that the lessons never saw.
-        exams = [
-            _Lesson.collect(game, EXAM_STATES, recipe.seed + 1_000_003, processor, progress=False)
-            for game in recipe.games
-        ]
+        exams = [taught(game, EXAM_STATES, recipe.seed + 1_000_003, progress=False) for game in recipe.games]
         # Roundings differ between processors, and with them a little of what a course teaches: it may take another.
         for course in range(1 + EXTRA_COURSES):
             _teach(model, lessons, recipe, course, progress)
@@ -273,7 +279,7 @@ def build_processor(recipe: EmbeddedRecipe) -> Idefics3Processor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = _corpus([*GAMES, *others])
+    corpus = _corpus([*GAMES, *others], recipe.env_kwargs if others else {})
     if recipe.wordy:  # before a blank and without one, each word is a token
         corpus += 32 * sorted({word for text in corpus for word in re.findall("[A-Za-z]+", text)})
     tokenizer.train_from_iterator(corpus, trainer)
@@ -334,18 +340,27 @@ def build_model(recipe: EmbeddedRecipe, processor: Idefics3Processor) -> Idefics
     return model
 
 
-def _corpus(games: list[str]) -> list[str]:
-    """Prompts and responses of every game and format, for the tokenizer."""
+def _corpus(games: list[str], env_kwargs: dict[str, Any]) -> list[str]:
+    """Prompts and responses of every game and format, for the tokenizer.
+
+    Args:
+        env_kwargs: of a game that is none of `GAMES`.
+    """
     texts = []
     for game in games:
         count = 64 if game in GAMES else ALFWORLD_CORPUS_STATES if game.startswith(ALFWORLD) else 512
-        for row in _states(game, count, seed=0):
+        for row in _states(game, count, seed=0, env_kwargs={} if game in GAMES else env_kwargs):
             texts += [row["prompt"], row["reading"], f'{row["reading"]}+"}}']
     return texts
 
 
 def _states(
-    game: str, count: int, seed: int, see: Callable[[np.ndarray], Any] = np.asarray, progress: bool = False
+    game: str,
+    count: int,
+    seed: int,
+    see: Callable[[np.ndarray], Any] = np.asarray,
+    progress: bool = False,
+    env_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action), `command`:
     in ALFWorld one of the listed, drawn at random, elsewhere None.
@@ -354,7 +369,7 @@ def _states(
         see: makes `image` of a picture.
     """
     env_id = f"vlmq_trl/{game}-v0" if game in GAMES else game
-    env: Any = gymnasium.make(env_id).unwrapped
+    env: Any = gymnasium.make(env_id, **(env_kwargs or {})).unwrapped
     agent_format = default_format(env)
     players = PURPOSEFUL if game.startswith(PURPOSEFUL_GAMES) else EVERYONE
     demonstrators = [make_demonstrator(env_id, policy) for policy in players]
@@ -412,13 +427,21 @@ class _Lesson:
     digits: np.ndarray
 
     @classmethod
-    def collect(cls, game: str, count: int, seed: int, processor: Idefics3Processor, progress: bool) -> "_Lesson":
+    def collect(
+        cls,
+        game: str,
+        count: int,
+        seed: int,
+        processor: Idefics3Processor,
+        progress: bool,
+        env_kwargs: Mapping[str, Any] | None = None,
+    ) -> "_Lesson":
         def pixels(image: np.ndarray) -> torch.Tensor:
             values = processor.image_processor([[image]], return_tensors="pt")["pixel_values"][0, 0]
             # Normalised with mean and standard deviation 0.5: back to bytes, exactly.
             return ((values + 1) * 127.5).round().to(torch.uint8)
 
-        rows = _states(game, count, seed, pixels, progress)
+        rows = _states(game, count, seed, pixels, progress, env_kwargs)
         blank = np.zeros((32, 32, 3), np.uint8)  # every picture has as many tokens
         prompts: dict[str, list[int]] = {}  # few, as a rule: one for each task text
         for row in rows:

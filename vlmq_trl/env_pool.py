@@ -347,7 +347,7 @@ class _Remote:
         process.join()
 
 
-def _registered(env_id: str) -> RegisteredSpec:
+def registered(env_id: str) -> RegisteredSpec:
     """What `gymnasium.make` would make of an id: "module:name" imports the module, without a version it is the latest.
 
     Raises:
@@ -495,7 +495,7 @@ class EnvPool:
         if isinstance(made_by, partial) and made_by.func is gymnasium.make and len(made_by.args) == 1:
             env, env_kwargs = made_by.args[0], {**made_by.keywords, **env_kwargs}
         # An id may be registered in this process only.
-        sent = _registered(env) if isinstance(env, str) else env
+        sent = registered(env) if isinstance(env, str) else env
         try:
             pickled = bytes(ForkingPickler.dumps((sent, env_kwargs)))
             needs_main = b"__main__" in pickled

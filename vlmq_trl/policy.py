@@ -26,7 +26,7 @@ from trl.data_utils import apply_chat_template
 
 from .agent_format import AgentFormat, taking
 from .chat import as_messages, completion_tokens, pictures, stop_token_ids, turn_processor
-from .env_pool import first_look
+from .env_pool import EnvFailureError, first_look
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
 from .sharding import ready_to_generate
@@ -408,6 +408,12 @@ def evaluate_model(
                 progress=progress,
             )
             rows = [measures(episode) for episode in (played if recorder is None else recorder.watch(played))]
-        return metrics_of(rows if state is None else gather_object(rows))
+        rows = rows if state is None else gather_object(rows)
+        if not rows:
+            raise EnvFailureError(
+                f"None of the {episodes} episodes of {env!r} came to its end, and so few are no more than "
+                f"`max_env_failures={max_env_failures}` allows. The warnings before say what the environment did."
+            )
+        return metrics_of(rows)
     finally:
         model.train(was_training)

@@ -52,6 +52,7 @@ NO_STATE_TO_READ = (
 # How many episodes may have ended, for each environment, before one that was begun earlier.
 AHEAD = 16
 # The least value of each argument that is a number.
+LONG_EPISODE = 1000  # turns, after which it is told
 LEAST = {"episodes": 1, "seed": 0, "num_envs": 1, "max_turns": 1, "max_env_failures": 0}
 
 
@@ -415,6 +416,14 @@ class Rollouts:
         if not terminated or truncated:
             one.prompt, one.images = prompt_of(self.agent_format, answer.task, one.observation, tuple(one.history))
         if not (terminated or truncated):
+            if len(one.turns) % LONG_EPISODE == 0:
+                logger.warning(
+                    "The episode of %s with seed %d has come to %s turns and goes on. If it may never end, give the "
+                    "environment a limit: `max_episode_steps` in `gymnasium.register` or `gymnasium.make`.",
+                    self.name,
+                    one.seed,
+                    f"{len(one.turns):,}",
+                )
             return None
         return Episode(
             episode_id=f"{self._prefix}/{self._seed + one.number}",

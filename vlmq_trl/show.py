@@ -128,11 +128,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="episodes", help="folder (default: episodes)")
     parser.add_argument("--agent_format", choices=("plain", "json"), help="default: a model's, or the environment's")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of a model; 0 is greedy")
+    parser.add_argument("--temperature", type=float, help="of a model; 0, the default, is greedy")
     parser.add_argument("--max_completion_length", type=int, help="of a model, in tokens; default: what its card says")
     parser.add_argument("--max_turns", type=int)
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the environment")
     chosen = parser.parse_args(arguments)
+    for name in ("temperature", "max_completion_length"):
+        if getattr(chosen, name) is not None and chosen.model is None:
+            parser.error(f"--{name} is a model's, and no --model is given.")
     try:
         played = _show(chosen)
     except (*EXPECTED, gymnasium.error.Error) as error:
@@ -156,7 +159,7 @@ def _show(chosen: argparse.Namespace) -> list[Episode]:
         agent = VLMAgent.from_pretrained(
             chosen.model,
             agent_format=agent_format,
-            temperature=chosen.temperature,
+            temperature=chosen.temperature or 0.0,
             max_completion_length=chosen.max_completion_length,
         )
         policy, agent_format = agent.policy(), agent.own_format()

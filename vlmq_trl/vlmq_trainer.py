@@ -222,7 +222,7 @@ class VLMQTrainer(SFTTrainer):
         if args.use_liger_kernel:
             raise ValueError(
                 "`use_liger_kernel=True` would do nothing: `Trainer` puts the kernels into models of its own kind, "
-                "and not into one with a critic around it. Leave it out; as with its fused loss, logits are not all kept."
+                "and not into one with a critic around it. Leave it out; logits are not all kept here either."
             )
         if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False  # the target heads are buffers, and every process computes the same

@@ -242,7 +242,7 @@ def grpo(run: OnlineRun, output: Path) -> dict[str, Any]:
     sft |= {"test_episodes": 1, "output_dir": output / "start"}
     train_agent.main(as_flags(sft))
     script, args, _ = train_agent.parse(as_flags({**own, "method": "sft", "disable_tqdm": True}))
-    dataset = train_agent.load_data(script)
+    dataset = train_agent.load_data(script, args)
     index = validate_trajectories(dataset, check_images="none")
     # A state is a seed and the actions since.
     before = [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Before a run goes online: what is checked when the trainer is made, and what is opened when it starts."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..rollout import EnvSpec, Policy, Rollouts
 from ..trajectory import Episode, EpisodeIndex, Turn, dataset_from_episodes, validate_trajectories
 from ..vlmq_config import VLMQConfig
 from .schedule import Schedule
+
+SAMPLING = tuple(f"rollout_{kind}temperature{when}" for kind in ("", "action_") for when in ("", "_start"))
 
 
 def check_online(
@@ -66,8 +69,9 @@ def check_online(
             )
         if value:
             taking(fmt, legal_actions[0], fmt.replace_action("", legal_actions[0]))
-    for name in ("legal_actions_only", "rollout_search_fraction"):
-        if getattr(args, name) and rollout_policy is not None:
+    defaults = {field.name: field.default for field in fields(args)}
+    for name in ("legal_actions_only", "rollout_search_fraction", *SAMPLING):
+        if getattr(args, name) != defaults[name] and rollout_policy is not None:
             raise ValueError(
                 f"`{name}` binds the model's own answers, and `rollout_policy` would know nothing of it. Leave one of "
                 "them out."
