@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -83,6 +83,7 @@ from vlmq_trl.envs import DOMAINS
 from vlmq_trl.modeling import existing, has_critic, hub_arguments, load_pretrained, load_processor
 from vlmq_trl.show import env_option
 from vlmq_trl.trajectory.files import trajectory_files
+from vlmq_trl.vlmq_config import idle_offline
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -99,27 +100,6 @@ LEAST = {
     "test_seed": 0,
     "embedded_steps": 1,
 }
-
-# Arguments of `VLMQConfig` that only a run that collects heeds.
-ONLINE_ONLY = (
-    "max_env_turns",
-    "offline_steps",
-    "turns_per_round",
-    "updates_per_turn",
-    "replay_warmup_turns",
-    "replay_capacity",
-    "replay_dir",
-    "replay_prioritized_fraction",
-    "rollout_epsilon",
-    "rollout_search_fraction",
-    "rollout_repeat_fraction",
-    "rollout_temperature",
-    "rollout_action_temperature",
-    "online_fraction",
-    "online_thought_weight",
-    "online_thought_filter",
-    "async_collection",
-)
 
 # Defaults of this script where they differ from TRL's; the command line and the YAML file override them.
 DEFAULTS: dict[str, Any] = {
@@ -367,8 +347,7 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
     if script.online and "vlmq" not in script.method:
         raise ValueError(f"`online` is for the method vlmq; `method` is {script.method}.")
     if not script.online:
-        named = {f.name: f.default for f in fields(args) if f.name in ONLINE_ONLY}
-        idle = [f"`{name}` {getattr(args, name)}" for name, default in named.items() if getattr(args, name) != default]
+        idle = idle_offline(args)
         if idle:
             raise ValueError(f"{', '.join(idle)} would have no effect: set `online`, or leave them out.")
     if args.deepspeed_plugin is not None and len(script.method) > 1:

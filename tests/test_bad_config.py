@@ -3,6 +3,7 @@
 
 import re
 import shutil
+import warnings
 
 import datasets
 import gymnasium
@@ -310,6 +311,18 @@ def test_a_format_that_does_not_write_what_it_reads(tmp_path):
         with pytest.raises(ValueError, match=said):
             build(tmp_path, name="llama", init=init, max_steps=2, **option)
     build(tmp_path, name="llama", init=init, max_steps=2)
+
+
+def test_arguments_that_were_set_in_vain(tmp_path):
+    with pytest.warns(UserWarning, match="Without an `env` to collect in, `offline_steps=3`, `max_env_turns=9` will"):
+        build(tmp_path, offline_steps=3, max_env_turns=9)
+    with pytest.warns(UserWarning, match=r"Without evaluations .*, `stop_at_success=0\.9`, `record_episodes=2` will"):
+        build(tmp_path, stop_at_success=0.9, record_episodes=2)
+    played = {"eval_strategy": "steps", "eval_steps": 1, "init": {"eval_env": NUMBER_LINE}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Without ")
+        build(tmp_path, stop_at_success=0.9, record_episodes=2, **played)
+        build(tmp_path, max_steps=1, offline_steps=1, init={"env": NUMBER_LINE})
 
 
 def test_a_row_too_long(tmp_path):

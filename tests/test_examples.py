@@ -531,7 +531,7 @@ def test_few_browsers_at_once(model_name):
         ),
         (
             ["--max_env_turns", "900", "--offline_steps", "5"],
-            "`offline_steps` 5, `max_env_turns` 900 would have no effect: set `online`",
+            "`offline_steps=5`, `max_env_turns=900` would have no effect: set `online`",
         ),
         (["--policy", "drunk"], "policy 'drunk': 'drunk' is not known; use expert, random"),
         (["--episodes", "-1"], "`episodes` is -1; it must be a whole number, at least 0"),

@@ -3,7 +3,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -480,6 +480,34 @@ class VLMQConfig(SFTConfig):
             critic_hidden_size=self.critic_hidden_size,
             critic_rank=self.critic_rank,
         )
+
+
+# What only a run that collects heeds.
+ONLINE_ONLY = (
+    "max_env_turns",
+    "offline_steps",
+    "turns_per_round",
+    "updates_per_turn",
+    "replay_warmup_turns",
+    "replay_capacity",
+    "replay_dir",
+    "replay_prioritized_fraction",
+    "rollout_epsilon",
+    "rollout_search_fraction",
+    "rollout_repeat_fraction",
+    "rollout_temperature",
+    "rollout_action_temperature",
+    "online_fraction",
+    "online_thought_weight",
+    "online_thought_filter",
+    "async_collection",
+)
+
+
+def idle_offline(args: VLMQConfig) -> list[str]:
+    """The arguments, as "`name=value`", that were set in vain if there is no environment to collect in."""
+    defaults = {one.name: one.default for one in fields(VLMQConfig) if one.name in ONLINE_ONLY}
+    return [f"`{name}={getattr(args, name)}`" for name, default in defaults.items() if getattr(args, name) != default]
 
 
 def _without_tokens(value: Any) -> Any:

@@ -76,7 +76,7 @@ from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Policy
 from .sharding import whole_state_dict, writable
 from .trajectory import EpisodeIndex, validate_trajectories
-from .vlmq_config import VLMQConfig
+from .vlmq_config import VLMQConfig, idle_offline
 
 CONFIG_NAME = "vlmq_config.json"
 STOPPED = "stopped"  # checkpoint of weights that may be broken, with its step
@@ -209,6 +209,7 @@ class VLMQTrainer(SFTTrainer):
         self.eval_env, self.agent_format = eval_env, agent_format
         if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
             raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
+        _warn_of_idle(args, env, callbacks)
         by_metric = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
         if eval_env is None and args.metric_for_best_model == "success_rate":
             if args.load_best_model_at_end or args.save_strategy == "best":
@@ -1088,6 +1089,18 @@ class _DrawnOnline(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat({})
+
+
+def _warn_of_idle(args: VLMQConfig, env: EnvSpec | None, callbacks: list[TrainerCallback] | None) -> None:
+    """Says which arguments were set in vain."""
+    evaluated = args.eval_strategy != "no" or any(isinstance(one, EnvEvaluationCallback) for one in callbacks or ())
+    unseen = {} if evaluated else {"stop_at_success": args.stop_at_success, "record_episodes": args.record_episodes}
+    for idle, lacking in (
+        (idle_offline(args) if env is None else [], "an `env` to collect in"),
+        ([f"`{name}={value}`" for name, value in unseen.items() if value], "evaluations (`eval_strategy`)"),
+    ):
+        if idle:
+            warnings.warn(f"Without {lacking}, {', '.join(idle)} will have no effect.", stacklevel=3)
 
 
 def _has_log_probs(dataset: Dataset) -> bool:
