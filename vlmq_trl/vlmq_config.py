@@ -490,7 +490,6 @@ ONLINE_ONLY = (
     "updates_per_turn",
     "replay_warmup_turns",
     "replay_capacity",
-    "replay_dir",
     "replay_prioritized_fraction",
     "rollout_epsilon",
     "rollout_search_fraction",

@@ -239,7 +239,8 @@ def test_accumulation(name, tmp_path):
     """Batches of 8 against 2 times 4, over a few updates of the trainer's own loop; every turn is its own segment."""
     # Completions of unequal length: a mean of the micro-batches' means would not do.
     uneven = CallableFormat(
-        render_fn=lambda action, reading, thoughts: action * (1 + 4 * int(reading["current number"]))
+        render_fn=lambda action, reading, thoughts: action * (1 + 4 * int(reading["current number"])),
+        parse_fn=lambda response: response[:1],
     )
     dataset = number_line(agent_format=uneven)
     if name in tiny_models.TEXT_NAMES:
