@@ -113,14 +113,15 @@ RARE_SUCCESS: dict[str, Any] = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "NumberLine": {},
-    # Some hands take two improbable choices in a row: half of the episodes search for them, and half begin as earlier
-    # ones that went badly. A search needs readings that hold: the model reads well before training.
+    # Some hands take two improbable choices in a row: three in four episodes search for them, and half begin as
+    # earlier ones that went badly. A search needs readings that hold: the model reads well before training.
     "EZPoints": {
         **RARE_SUCCESS,
         "learning_rate": 3e-4,
         "filter_scope": "action",
         "online_thought_filter": "reference",
-        "rollout_search_fraction": 0.5,
+        "updates_per_turn": 0.2,
+        "rollout_search_fraction": 0.75,
         "rollout_repeat_fraction": 0.5,
         "eval_steps": 300,
     },
