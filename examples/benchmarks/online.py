@@ -409,7 +409,7 @@ def report() -> None:
         + f".\n\nA budget of {BUDGET:,} environment turns, after an offline start on 200 flawed episodes (60 % of "
         "the actions systematically wrong, in Points24 30 %). Tests as above. `turns to`: environment turns, seed by "
         f"seed, at the first greedy validation that reaches {100 * ENOUGH:.0f} %. Settings: `online.py`, found with "
-        "seed 0; EZPoints' search with seed 2, its filter of thoughts with 1 and 2, by this table's runs.\n\n"
+        "seed 0; those of EZPoints with all three, by earlier runs on the same episodes.\n\n"
         "![Success against turns](online_curves.png)",
         "### Online targets\n\n" + markdown_table(["target", "greedy, %", "", "sampled, %", ""], target_rows()),
     ]
