@@ -41,6 +41,7 @@ FLOORS = {
         "model_card",
         "objective",
         "online",
+        "saving",
         "vlmq_config",
         "vlmq_trainer",
         "ppo_config",
