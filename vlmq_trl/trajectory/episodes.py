@@ -458,6 +458,7 @@ def _write(
     seen: set[str] = set()
     rows = waiting = whole = 0  # the last: bytes of the file, up to the end of an episode
     error: BaseException | None = None
+    torn = False  # what follows those bytes may be half a batch
     writer = ArrowWriter(path=str(partial), features=trajectory_features(with_images), writer_batch_size=sys.maxsize)
     try:
         for episode in chain([first], source):
@@ -475,16 +476,20 @@ def _write(
                     writer.write(row)
                 rows, waiting = rows + len(encoded), waiting + len(encoded)
                 if waiting >= ROWS_AT_ONCE:
+                    torn = True
                     waiting, whole = 0, _flush(writer)
+                    torn = False
     except BaseException as stopped:
         error = stopped
     try:
         with _interrupts_wait():
-            try:
-                whole = _flush(writer)
-                writer.finalize()
-            except Exception as stopped:  # a full disk: what has reached it is kept
-                error = error or stopped
+            if not torn:
+                try:
+                    whole = _flush(writer)
+                    writer.finalize()
+                except Exception as stopped:
+                    error, torn = error or stopped, True
+            if torn:  # a full disk: what has reached it is kept
                 with suppress(Exception):
                     writer.close()
                 os.truncate(partial, whole)
