@@ -202,7 +202,7 @@ BROKEN_TRAINERS = {
         "`metric_for_best_model='success_rate'` needs an `eval_env`",
     ),
     "padding to a multiple": (lambda: {"pad_to_multiple_of": 64}, ValueError, "is for text-only models"),
-    "Liger kernels": (lambda: {"use_liger_kernel": True}, (ValueError, ImportError), "(?i)liger"),
+    "Liger kernels": (lambda: {"use_liger_kernel": True}, ValueError, "would do nothing"),
     "returns beyond float32": (
         lambda: {"init": {"train_dataset": number_line().map(lambda row: {"reward": 1e20 * row["reward"]})}},
         ValueError,
