@@ -197,6 +197,24 @@ def test_broken_rows(change, row, column, words):
     assert words in str(caught.value)
 
 
+def test_what_messages_hold_beside_role_and_content(monkeypatch):
+    """Nulls are what `datasets` puts where another row has something."""
+    rows = good_rows()
+    for row in rows:
+        for message in row["prompt"]:
+            message["tool_calls"] = None
+    del rows[4]["final_prompt"], rows[4]["final_images"]
+    rows[4] |= {"terminated": True, "truncated": False}
+    keys = {"role": datasets.Value("string"), "content": FEATURES["prompt"].feature["content"]}
+    other = {**FEATURES, "prompt": datasets.List({**keys, "tool_calls": datasets.Value("string")})}
+    features = datasets.Features({k: v for k, v in other.items() if not k.startswith("final")})
+    rows = [{k: v for k, v in row.items() if not k.startswith("final")} for row in rows]
+    validate_trajectories(datasets.Dataset.from_list(rows, features=features))
+    rows[1]["prompt"][0]["tool_calls"] = "f()"
+    with pytest.raises(TrajectoryError, match="row 1, column `prompt`: a message's tool_calls would be lost"):
+        validate_trajectories(datasets.Dataset.from_list(rows, features=features))
+
+
 def retype(column, feature):
     return lambda ds: ds.cast_column(column, feature)
 
@@ -240,6 +258,14 @@ BROKEN_COLUMNS = {
         "image",
         "put it into `images`, a list",
     ),
+    "pictures of no feature": (
+        lambda ds: ds.cast_column(
+            "images", datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+        ),
+        "images",
+        "expected a list of images",
+    ),
+    "seed as text": (replace("seed", ["one"] * 5), "seed", "expected an integer (-1 where there is none)"),
     "no final pictures": (lambda ds: ds.remove_columns("final_images"), "final_images", "would be seen blind"),
     "no final column": (lambda ds: ds.remove_columns("final_prompt"), "final_prompt", "needs the observation after"),
 }
@@ -336,7 +362,25 @@ BROKEN_EPISODES = {
     ),
     "float image": ([episode(turn(images=[RGB / 255]))], 0, "images", "got float64 of shape [4, 6, 3]"),
     "channels first": ([episode(turn(images=[RGB.transpose(2, 0, 1)]))], 0, "images", "a uint8 array [H, W, 3]"),
-    "CMYK image": ([episode(turn(images=[Image.new("CMYK", (4, 4))]))], 0, "images", "convert the image to 'RGB'"),
+    "CMYK image": (
+        [episode(turn(images=[Image.new("CMYK", (4, 4))]))],
+        0,
+        "images",
+        "convert it to 8 bits, as 'L' or 'RGB'",
+    ),
+    "16 bits of grey": ([episode(turn(images=[Image.new("I;16", (4, 4))]))], 0, "images", "16-bit grey becomes white"),
+    "picture of a tool": (
+        [episode(turn(prompt=[*user(TEXT_PART), {"role": "tool", "content": [IMAGE_PART]}], images=[RGB]))],
+        0,
+        "prompt",
+        "an image part in a tool message, where TRL shows no picture",
+    ),
+    "tool calls": (
+        [episode(turn(prompt=[{"role": "assistant", "content": "", "tool_calls": ["f()"]}, *user(TEXT_PART)]))],
+        0,
+        "prompt",
+        "a message's 'tool_calls' would be lost",
+    ),
     "response is no text": ([episode(turn(completion=None))], 0, "completion", "expected a string, got NoneType"),
     "lone surrogate": ([episode(turn(completion="a\ud800"))], 0, "completion", "a lone surrogate at position 1"),
     "surrogate in prompt": (

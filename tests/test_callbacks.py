@@ -29,9 +29,8 @@ def arguments(path, config=SFTConfig, **kwargs):
         activation_checkpointing=False,
         max_length=None,
         per_device_train_batch_size=2,
-        save_strategy="no",
         disable_tqdm=True,
-        **kwargs,
+        **{"save_strategy": "no", **kwargs},
     )
 
 
@@ -59,6 +58,31 @@ def test_stock_trainer_is_evaluated_at_the_start_on_the_way_and_at_the_end(data,
     assert callback.best == callback.history[-1]  # all equal: the latest
     logged = [entry for entry in trainer.state.log_history if "env_success_rate" in entry]
     assert [entry["step"] for entry in logged] == [0, 2, 3]
+
+
+def test_the_last_evaluation_is_of_the_last_step(data, tmp_path, monkeypatch):
+    """And not of the weights that `load_best_model_at_end` puts in their place."""
+    model, processor = tiny_models.build("idefics3")
+    callback, seen = make_callback(), {}
+    evaluate = callback._evaluate
+
+    def watched(args, state, kwargs):
+        seen[state.global_step] = weights(kwargs["model"])
+        evaluate(args, state, kwargs)
+
+    monkeypatch.setattr(callback, "_evaluate", watched)
+    each = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.3}
+    args = arguments(tmp_path, **each, load_best_model_at_end=True)
+    trainer = SFTTrainer(
+        model, args, train_dataset=data, eval_dataset=data, processing_class=processor, callbacks=[callback]
+    )
+    trainer.train()
+    assert list(seen) == [0, 2, 3] and trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    kept = callback._best_weights
+    assert callback.best["step"] == 3 and all(
+        torch.equal(kept[name], x) for name, x in seen[3].items() if name in kept
+    )
+    assert any(not torch.equal(x, weights(model)[name]) for name, x in seen[3].items())
 
 
 def play_back(monkeypatch, results):

@@ -21,6 +21,7 @@ from minari.data_collector import EpisodeBuffer
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
+import vlmq_trl.minari
 from tests import tiny_models
 from vlmq_trl import (
     CallableFormat,
@@ -144,6 +145,26 @@ def test_other_picture_files_keep_their_pixels(tmp_path):
         shown = np.asarray(Image.open(tmp_path / "one.jpg"))
         assert back[0]["images"][0].format == "PNG" and np.array_equal(np.asarray(back[0]["images"][0]), shown)
         assert back.remove_columns("images")[0] == ds.remove_columns("images")[0]
+
+
+def test_pictures_are_turned_as_their_files_say(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(1, (32, 48))).save(tmp_path / "one.jpg", exif=exif)
+    row = dataset_from_episodes([one_picture()[0]])[0] | {"images": [str(tmp_path / "one.jpg")], "terminated": True}
+    ds = datasets.Dataset.from_list([row], features=dataset_from_episodes(one_picture()).features)
+    shown = np.asarray(ds[0]["images"][0])
+    assert shown.shape == (48, 32, 3)
+    for name, pictures in (("a-v0", "array"), ("b-v0", "png")):
+        back = trajectories_from_minari(trajectories_to_minari(ds, name, pictures=pictures))
+        assert np.array_equal(np.asarray(back[0]["images"][0]), shown)
+
+
+def test_large_pictures_are_no_arrays_of_themselves(monkeypatch):
+    monkeypatch.setattr(vlmq_trl.minari, "LARGEST_ARRAY", 5 * 7 - 1)
+    ds = dataset_from_episodes(one_picture())
+    assert "pictures" in trajectories_to_minari(ds, "auto-v0").observation_space.spaces
+    assert "image" in trajectories_to_minari(ds, "array-v0", pictures="array").observation_space.spaces
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,14 @@ from vlmq_trl.policy import ModelPolicy
 from vlmq_trl.replay import ReplayBuffer, load_replay
 from vlmq_trl.replay import buffer as replay_buffer
 from vlmq_trl.rollout import DemonstratorPolicy, Request, Response
-from vlmq_trl.trajectory import Episode, Turn, dataset_from_episodes, episodes_from_dataset, validate_trajectories
+from vlmq_trl.trajectory import (
+    Episode,
+    Turn,
+    concatenate_trajectories,
+    dataset_from_episodes,
+    episodes_from_dataset,
+    validate_trajectories,
+)
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 SMALL = {
@@ -184,6 +191,18 @@ def test_from_offline_to_online(tmp_path):
     assert len(everything) == len(dataset) + logs[-1]["env_turns"]
     assert all(episode.episode_id.startswith("online/") for episode in collected(tmp_path))
     assert (tmp_path / "checkpoint-6" / "replay_manifest.json").is_file()
+
+
+def test_a_runs_own_play_as_the_next_ones_offline_data(tmp_path):
+    ids = set()
+    dataset = text_number_line()
+    for run in "abc":
+        make_trainer(tmp_path / run, dataset=dataset, offline_steps=1, max_steps=2, max_env_turns=None).train()
+        played = load_replay(tmp_path / run / "replay", "online")
+        assert not ids & set(played["episode_id"])
+        ids |= set(played["episode_id"])
+        dataset = concatenate_trajectories([dataset, played])
+    assert {name.partition("/")[0] for name in ids} == {"online", "online-2", "online-3"}
 
 
 def test_pictures(tmp_path):

@@ -478,13 +478,19 @@ def test_decode_grey():
         (squares(3).astype(int) + 1, r"integers in 0\.\.255"),
         (np.zeros((0, 5, 3), np.uint8), "of shape"),
         (np.zeros((5000, 5000), np.uint8), "more than 16777216"),
-        (None, r"is NoneType of shape \[\]"),
-        ({"a": 1}, "is dict"),
+        (None, "is None, of NoneType"),
+        ({"a": 1}, "is {'a': 1}, of dict"),
+        (Image.new("I;16", (48, 60)), r"more than 8 bits a pixel \(mode I;16\)"),
     ],
 )
 def test_what_is_no_picture(value, problem):
     with pytest.raises(ValueError, match=problem):
         decode_picture(value)
+
+
+def test_a_task_that_is_no_text(make):
+    with pytest.raises(TypeError, match="`task` gave NoneType, not a string"):
+        make(task=lambda observation: None).reset(seed=0)
 
 
 # The package.

@@ -395,9 +395,7 @@ def test_an_answer_that_is_cut_off(endpoint):
     assert texts(policy) == ["ok"] and len(endpoint.bodies) == 3
 
 
-@pytest.mark.parametrize(
-    "body", ["<html>Welcome</html>", "[" * 100_000, "", "null", "[]", '{"error": "x"}', '{"choices": []}']
-)
+@pytest.mark.parametrize("body", ["<html>Welcome</html>", "[" * 100_000, "", "null", "[]", '{"choices": []}'])
 def test_an_answer_that_is_no_chat_completion(endpoint, body):
     policy = endpoint.policy()
     endpoint.script = [(200, {}, body)]
@@ -406,8 +404,30 @@ def test_an_answer_that_is_no_chat_completion(endpoint, body):
     assert len(endpoint.bodies) == 1
 
 
+def test_an_error_that_comes_as_an_answer_is_tried_again(endpoint):
+    policy = endpoint.policy(retries=1)
+    overloaded = (200, {}, '{"error": {"message": "overloaded"}}')
+    endpoint.script = [overloaded]
+    assert texts(policy) == ["ok"] and len(endpoint.bodies) == 2
+    endpoint.script = [overloaded] * 2
+    with pytest.raises(ChatError, match="overloaded") as raised:
+        policy.act([request("go")])
+    assert "base_url" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
-    ("content", "expected"), [(None, ""), ("", ""), ("  up\n", "  up\n"), ("\ud83d!", "?!"), ("🙂", "🙂")]
+    ("content", "expected"),
+    [
+        (None, ""),
+        ("", ""),
+        ("  up\n", "  up\n"),
+        ("\ud83d!", "?!"),
+        ("🙂", "🙂"),
+        (
+            [{"type": "text", "text": "go "}, {"type": "refusal", "refusal": "no"}, {"type": "text", "text": "up"}],
+            "go up",
+        ),
+    ],
 )
 def test_any_content_is_a_response(endpoint, content, expected):
     policy = endpoint.policy()
@@ -480,7 +500,7 @@ def test_the_key_is_sent_and_never_shown(endpoint, caplog):
         [(500, {}, shouted)] * 2,
         [(401, {}, long_one)],
         [(200, {}, shouted)],
-        [(200, {}, json.dumps({"error": shouted}))],
+        [(200, {}, json.dumps({"error": shouted}))] * 2,
     ):
         endpoint.script = list(answers)
         with pytest.raises(ChatError) as raised:

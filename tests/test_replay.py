@@ -881,6 +881,27 @@ def test_a_foreign_file_among_the_pictures(tmp_path):
         assert ids(buffer.dataset()) == ["e0", "e1"]
 
 
+def test_a_changed_response_anywhere_is_seen(tmp_path):
+    """Of more rows than are looked at whole."""
+    whole = [episode(k, 1) for k in range(100)]
+    one = dataset_from_episodes(whole)
+    with ReplayBuffer(tmp_path) as buffer:
+        buffer.add_offline(one, validate_trajectories(one))
+        for k in (1, 35, 98):
+            turns = (replace(whole[k].turns[0], completion="mended"),)
+            two = dataset_from_episodes([*whole[:k], replace(whole[k], turns=turns), *whole[k + 1 :]])
+            with pytest.raises(ValueError, match="already holds another offline dataset"):
+                buffer.add_offline(two, validate_trajectories(two))
+
+
+def test_a_lost_picture_is_not_told_as_evicted(tmp_path):
+    with filled(tmp_path, range(3)) as buffer:
+        for path in tmp_path.glob("images/*/*"):
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match="images"):
+            buffer.read([0])
+
+
 @pytest.mark.parametrize("changed", ["behavior_logprobs", "images", "final_prompt"])
 def test_changed_offline_data_are_not_taken_for_the_old(changed, tmp_path):
     """Though ids, rewards and texts are as before."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trajectory dataset: round trips, files, streams, the episode index, and training with a stock SFTTrainer."""
 
+import json
 import os
+import re
 
 import datasets
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny_models
+from vlmq_trl.chat import as_messages
 from vlmq_trl.rollout import collect_demonstrations, episode_metrics
 from vlmq_trl.trajectory import (
     FEATURES,
@@ -20,6 +23,7 @@ from vlmq_trl.trajectory import (
     Turn,
     concatenate_trajectories,
     dataset_from_episodes,
+    episodes,
     episodes_from_dataset,
     filter_top_returns,
     flatten_content,
@@ -187,9 +191,9 @@ STACK = np.zeros((2, 4, 5, 3), np.uint8)
 def test_turns_of_the_wrong_kind(images, log_probs, problem):
     """Named with their row, whether in the first episode, which decides on the columns, or later."""
     wrong = Episode("wrong", (Turn(prompt(), images, "a", 0.0, behavior_logprobs=log_probs),), True, False)
-    for k, episodes in enumerate(([wrong], [make_episode("right", [0.0]), wrong])):
+    for k, some in enumerate(([wrong], [make_episode("right", [0.0]), wrong])):
         with pytest.raises(TrajectoryError, match=f"row {k}, {problem}"):
-            dataset_from_episodes(episodes)
+            dataset_from_episodes(some)
 
 
 def test_tuples_and_tensors_are_lists_too():
@@ -248,7 +252,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_dataset(ds, tmp_path, file_format
 
     writer = "save_to_disk" if file_format == "arrow" else "to_parquet"
     replace = os.replace
-    for kept in range(-1, 3 if file_format == "arrow" else 1):  # renamings that come about; -1: killed before
+    for kept in range(-1, 2 if file_format == "arrow" else 1):  # renamings that come about; -1: killed before
         left = iter([replace] * kept)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             if kept < 0:
@@ -262,6 +266,75 @@ def test_a_save_that_is_cut_off_leaves_the_old_dataset(ds, tmp_path, file_format
     assert load_trajectories(tmp_path)["episode_id"][:] == ["other"]
 
 
+def test_what_a_killed_save_left_is_removed(ds, tmp_path):
+    """But a dataset whose columns differ is not half replaced."""
+    (tmp_path / ".unfinished-abc").mkdir()
+    (tmp_path / ".unfinished-abc" / "data.arrow").write_bytes(b"half")
+    save_trajectories(ds, tmp_path)
+    assert not list(tmp_path.glob(".unfinished-*"))
+    other = dataset_from_episodes(
+        [Episode("text", (Turn([{"role": "user", "content": "q"}], [], "a", 1.0),), True, False)]
+    )
+    save_trajectories(other, tmp_path)
+    assert load_trajectories(tmp_path).features == other.features
+
+
+def test_a_dataset_that_is_replaced_while_it_is_read(ds, tmp_path, monkeypatch):
+    save_trajectories(ds, tmp_path)
+    load, calls = datasets.load_from_disk, []
+
+    def replaced_meanwhile(path):
+        calls.append(path)
+        if len(calls) == 1:
+            listed = json.loads((tmp_path / "state.json").read_text())["_data_files"]
+            save_trajectories(dataset_from_episodes([make_episode("new", [1.0])]), tmp_path)
+            raise FileNotFoundError(listed[0]["filename"])
+        return load(path)
+
+    monkeypatch.setattr(datasets, "load_from_disk", replaced_meanwhile)
+    assert load_trajectories(tmp_path)["episode_id"][:] == ["new"] and len(calls) == 2
+    (tmp_path / "state.json").write_text((tmp_path / "state.json").read_text().replace("data-", "lost-"))
+    with pytest.raises(FileNotFoundError):
+        load_trajectories(tmp_path)
+
+
+def test_more_pictures_than_an_arrow_batch_holds(tmp_path, monkeypatch):
+    """Written in pieces, within an episode too; an episode that breaks off in the midst is not kept by halves."""
+    monkeypatch.setattr(episodes, "BYTES_AT_ONCE", 200)
+    flushes = []
+    monkeypatch.setattr(episodes, "_flush", lambda writer, flush=episodes._flush: flushes.append(1) or flush(writer))
+    many = [make_episode(f"e{k}", [0.0] * 5) for k in range(3)]
+    built = dataset_from_episodes(many, cache_dir=tmp_path)
+    assert len(flushes) >= 6
+    for one, back in zip(many, episodes_from_dataset(built), strict=True):
+        assert_equal_episodes(one, back)
+    write = episodes.ArrowWriter.write
+    left = iter(range(7))
+
+    def full(self, row):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        write(self, row)
+
+    monkeypatch.setattr(episodes.ArrowWriter, "write", full)
+    kept, error = episodes.dataset_until_error(many, tmp_path)
+    assert isinstance(error, OSError) and kept["episode_id"][:] == ["e0"] * 5
+
+
+def test_pictures_are_added_where_no_message_shows_any():
+    history = [
+        {"role": "user", "content": "rules"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "go"}]},
+    ]
+    built = dataset_from_episodes([Episode("e", (Turn(history, [picture(1)], "a", 1.0),), True, False)])
+    kinds = [[part["type"] for part in message["content"]] for message in built[0]["prompt"]]
+    assert kinds == [["text"], ["text"], ["image", "text"]]
+    _, processor = tiny_models.build("idefics3")
+    played = as_messages(history, processor, [picture(1)])
+    assert [[part["type"] for part in message["content"]] for message in played] == kinds
+
+
 def test_what_is_no_dataset_is_not_saved(ds, tmp_path):
     for wrong in (list(ds), EPISODES, ds.to_iterable_dataset(), datasets.DatasetDict(train=ds)):
         with pytest.raises(TypeError, match=f"takes a datasets.Dataset, got {type(wrong).__name__}. Save each split"):
@@ -272,8 +345,13 @@ def test_what_is_no_dataset_is_not_saved(ds, tmp_path):
 @pytest.mark.parametrize(
     ("names", "splits"),
     [
-        (["train-0.parquet", "test-0.parquet"], "test, train"),
-        (["data/train/0.parquet", "data/validation/0.parquet", "data/train/1.parquet"], "train, validation"),
+        (["train-0.parquet", "test-0.parquet"], "test-0.parquet (test), train-0.parquet (train)"),
+        (
+            ["data/train/0.parquet", "data/validation/0.parquet", "data/train/1.parquet"],
+            "data/train/1.parquet (train), data/validation/0.parquet (validation)",
+        ),
+        (["train.parquet", "eval2024.parquet"], "eval2024.parquet (test), train.parquet (train)"),
+        (["train.parquet", "rest.parquet"], "rest.parquet (no split named), train.parquet (train)"),
         (["train-0.parquet", "train-1.parquet"], None),
         (["contest.parquet", "trained.parquet"], None),
     ],
@@ -283,7 +361,9 @@ def test_splits_are_not_merged(ds, tmp_path, names, splits):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         ds.select([4 + k]).to_parquet(tmp_path / name)
     if splits:
-        with pytest.raises(ValueError, match=f"holds the splits {splits} .* would become one dataset"):
+        with pytest.raises(
+            ValueError, match=f"holds files of several splits, {re.escape(splits)}, which would become one"
+        ):
             load_trajectories(tmp_path)
         assert len(load_trajectories(tmp_path / names[0])) == 1
     else:
@@ -293,6 +373,9 @@ def test_splits_are_not_merged(ds, tmp_path, names, splits):
 def test_files_that_are_not_there(ds, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a dataset saved by save_trajectories nor parquet"):
         load_trajectories(tmp_path)
+    datasets.DatasetDict(train=ds).save_to_disk(tmp_path / "splits")
+    with pytest.raises(FileNotFoundError, match="holds a DatasetDict: give the folder of one of its splits"):
+        load_trajectories(tmp_path / "splits")
     with pytest.raises(ValueError, match="'arrow' or 'parquet'"):
         save_trajectories(ds, tmp_path, file_format="csv")
 

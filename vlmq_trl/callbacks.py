@@ -174,14 +174,15 @@ class EnvEvaluationCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.eval_steps == 0:
+        # The last step's too: where training ends, `load_best_model_at_end` has put other weights in place already.
+        if state.global_step % self.eval_steps == 0 or control.should_training_stop:
             self._evaluate(args, state, kwargs)
             control.should_training_stop |= self.satisfied
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.history[-1]["step"] != state.global_step:
+        if self.history[-1]["step"] != state.global_step and not args.load_best_model_at_end:
             self._evaluate(args, state, kwargs)
         if self._writer is not None:
             self._writer.close()

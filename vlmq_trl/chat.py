@@ -40,7 +40,17 @@ def as_messages(
     In a text that holds a processor's own mark of a picture, written by an environment or an agent, a space breaks the
     mark ("< image>"): the processor would look for a picture there.
     """
-    prepared = prepare_multimodal_messages(list(messages), images=list(images))
+    messages = list(messages)
+    if any(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]):
+        # Where no place was given to the pictures, TRL puts them before the first text that is a string.
+        messages = [
+            {
+                **m,
+                "content": [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"],
+            }
+            for m in messages
+        ]
+    prepared = prepare_multimodal_messages(messages, images=list(images))
     if not isinstance(processing_class, ProcessorMixin):
         return flatten_content(prepared)
     return [

@@ -112,7 +112,7 @@ def trajectory_card(dataset: datasets.Dataset, repo_id: str, description: str = 
         "from datasets import load_dataset",
         "from vlmq_trl import VLMQTrainer",
         "",
-        f'play = load_dataset("{repo_id}", split="train")',
+        f'play = load_dataset("{repo_id}", split="{dataset.split or "train"}")',
         "trainer = VLMQTrainer(model, train_dataset=play)",
         "```",
         "",

@@ -22,6 +22,7 @@ import binascii
 import difflib
 import io
 import json
+import math
 import os
 import shutil
 import string
@@ -34,7 +35,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 from gymnasium import spaces
 from tqdm.auto import tqdm
 
@@ -52,6 +55,7 @@ from vlmq_trl.trajectory import (
 
 KEY = "vlmq_trl"  # of `infos`
 FORMAT = 1  # of its entries
+LARGEST_ARRAY = 2**18  # pixels that "auto" writes as an array
 SMALLEST_PICTURE = 32  # pixels a side; Minari too takes smaller arrays for symbols, not for pictures
 
 Words = Mapping[int, str] | Sequence[str] | Callable[[Any], str]
@@ -92,7 +96,8 @@ def trajectories_to_minari(
         ds: a trajectory dataset, or a stream of one that can be read twice.
         dataset_id: "name-v0" or "namespace/name-v0"; must be new.
         pictures: "array" writes them as uint8 [H, W, 3], as other users of Minari expect, which needs exactly one RGB
-            picture of one size in every prompt; "png" takes any; "auto" is "array" where that fits.
+            picture of one size in every prompt; "png" takes any; "auto" is "array" where that fits and the pictures
+            have at most 512 x 512 pixels: of larger ones files and bounds are very large.
         data_format: "parquet" (compressed) or "arrow" (faster, large with arrays).
         author, author_email, algorithm_name, code_permalink, description: go into the dataset's metadata.
         progress: show a bar over episodes.
@@ -225,7 +230,7 @@ def _survey(ds: datasets.Dataset | datasets.IterableDataset, pictures: str, prog
         for prompt, images in prompts:
             survey.prompts.add(_json(prompt))
             sizes.add(_size(images))
-            if pictures == "png" or None in sizes or len(sizes) > 1:
+            if pictures != "array":
                 survey.pictures.longest = max(survey.pictures.longest, len(_pngs(images)))
         for turn in episode.turns:
             survey.actions.add(turn.completion)
@@ -238,8 +243,9 @@ def _survey(ds: datasets.Dataset | datasets.IterableDataset, pictures: str, prog
             "use 'png'.",
             column="images",
         )
-    if uniform and pictures != "png":
-        survey.size = sizes.pop()
+    (size, *_) = sizes
+    if uniform and (pictures == "array" or (pictures == "auto" and math.prod(size or ()) <= LARGEST_ARRAY)):
+        survey.size = size
     return survey
 
 
@@ -287,10 +293,13 @@ def _columns(ds: datasets.Dataset | datasets.IterableDataset) -> list[str]:
 
 
 def _opened(image: Any) -> PIL.Image.Image:
-    """The picture, its pixels not read yet."""
+    """The picture as `datasets` shows it: turned, if the file says so. Otherwise its pixels are not read yet."""
     if isinstance(image, PIL.Image.Image):
         return image
-    return PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    picture = PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    told = picture.format != "PNG" or "exif" in picture.info  # asking a PNG without reads all of it
+    turned = told and picture.getexif().get(PIL.ExifTags.Base.Orientation) is not None
+    return PIL.ImageOps.exif_transpose(picture) if turned else picture
 
 
 def _size(images: list) -> tuple[int, int] | None:
@@ -569,6 +578,10 @@ class _Foreign:
 
     def episode(self, data: Any) -> Episode:
         steps = len(data)
+        if not steps:
+            raise TrajectoryError(
+                f"{_where(self.dataset, data, 0)}: there is none; drop the episode by filter_episodes."
+            )
         terminated, truncated = self._ends(data)
         task = self.task if isinstance(self.task, str) else self.task(data)
         history: deque[Exchange] = deque(maxlen=self.agent_format.history)

@@ -50,15 +50,20 @@ class ChatError(RuntimeError):
 
 
 class _Failure(Exception):
-    """One attempt failed."""
+    """One attempt failed.
 
-    def __init__(self, status: int | None, text: str, retry_after: float | None = None):
+    Args:
+        status: None: no answer.
+        busy: worth another attempt whatever the status.
+    """
+
+    def __init__(self, status: int | None, text: str, retry_after: float | None = None, busy: bool = False):
         super().__init__(status, text)
-        self.status, self.text, self.retry_after = status, text, retry_after  # status None: no answer
+        self.status, self.text, self.retry_after, self.busy = status, text, retry_after, busy
 
     @property
     def transient(self) -> bool:
-        return self.status is None or self.status == 429 or self.status >= 500
+        return self.busy or self.status is None or self.status == 429 or self.status >= 500
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -331,9 +336,13 @@ class ChatPolicy:
             reason = error.reason if isinstance(error, URLError) else error
             raise _Failure(None, self._without_key(f"{type(error).__name__}: {reason}")) from None
         try:
-            return json.loads(raw)
+            answer = json.loads(raw)
         except (ValueError, RecursionError):
             raise _Failure(200, "no JSON: " + self._without_key(raw.decode("utf-8", "replace"))) from None
+        if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
+            # So say gateways that what is behind them failed.
+            raise _Failure(200, self._without_key(json.dumps(answer["error"])), busy=True)
+        return answer
 
     def _without_key(self, text: str) -> str:
         """Servers like to repeat a key that they do not know."""
@@ -343,7 +352,7 @@ class ChatPolicy:
         tries = f" on {attempts} attempts" if attempts > 1 else ""
         return ChatError(
             f"The chat endpoint {self.base_url} (model {self.model!r}) failed{tries}: {_what(failure)}. "
-            f"{_advice(failure.status)}"
+            f"{_advice(500 if failure.busy else failure.status)}"
         )
 
     def _listed(self) -> list[str]:
@@ -361,6 +370,8 @@ class ChatPolicy:
             text = answer["choices"][0]["message"].get("content")
             if text is None:
                 return ""
+            if isinstance(text, list):  # of parts
+                text = "".join(part["text"] for part in text if part.get("type") == "text")
             return text.encode("utf-8", "replace").decode()
         except (LookupError, TypeError, AttributeError):
             text = self._without_key(json.dumps(answer))

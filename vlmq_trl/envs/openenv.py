@@ -203,6 +203,8 @@ class OpenEnvAdapter(TextActionEnv):
 
     def _task(self, observation: Any) -> str:
         task = self._task_of if isinstance(self._task_of, str) else self._task_of(observation)
+        if not isinstance(task, str):
+            raise TypeError(f"`task` gave {type(task).__name__}, not a string")
         words = f"Actions: {', '.join(self.legal_actions)}." if self.legal_actions else ""
         return " ".join(part for part in (task.strip(), words) if part)
 
@@ -327,11 +329,15 @@ def decode_picture(value: Any) -> NDArray[np.uint8]:
     if isinstance(value, bytes | bytearray | memoryview):
         value = _opened(bytes(value))
     if isinstance(value, PIL.Image.Image):
+        if value.mode.startswith(("I", "F")):
+            raise ValueError(f"has more than 8 bits a pixel (mode {value.mode}); scale it to 0..255")
         return np.array(value.convert("RGB"))
     try:
         array = np.asarray(value)
     except ValueError:
         raise ValueError("is lists whose lengths differ") from None
+    if array.dtype == object and array.ndim == 0:
+        raise ValueError(f"is {value!r:.100}, of {type(value).__name__}")
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:

@@ -2,6 +2,7 @@
 """Before a run goes online: what is checked when the trainer is made, and what is opened when it starts."""
 
 from dataclasses import fields
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ def open_online(
             agent_format=agent_format,
             num_envs=args.rollout_num_envs,
             seed=args.rollout_seed,
-            id_prefix="online",
+            id_prefix=_fresh_prefix(index),
             workers=args.rollout_workers,
             env_timeout=args.env_timeout,
             max_env_failures=args.max_env_failures,
@@ -128,6 +129,14 @@ def open_online(
         buffer.close()
         raise
     return buffer, rollouts
+
+
+def _fresh_prefix(index: EpisodeIndex | None) -> str:
+    """What the ids of collected episodes begin with: "online", or where offline data was a run's own play, "online-2"
+    and so on."""
+    taken = {str(name).partition("/")[0] for name in (() if index is None else index.episode_ids)}
+    names = chain(["online"], (f"online-{k}" for k in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _offline_share(dataset: Dataset, index: EpisodeIndex, process: int, n: int) -> tuple[Dataset, EpisodeIndex]:

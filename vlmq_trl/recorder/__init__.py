@@ -61,8 +61,9 @@ class EpisodeRecorder:
     def _record(self, number: int, episode: Episode) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._begun:
-            for old in (*self.folder.glob("[0-9][0-9][0-9]-*.gif"), *self.folder.glob("[0-9][0-9][0-9]-*.html")):
-                old.unlink()
+            for old in (*self.folder.glob("*-*.gif"), *self.folder.glob("*-*.html")):
+                if re.match(r"\d{3,}-", old.name):
+                    old.unlink()
             (self.folder / "episodes.jsonl").unlink(missing_ok=True)
             self._begun = True
         name = f"{number:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', episode.episode_id)[:80]}"

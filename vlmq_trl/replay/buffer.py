@@ -283,6 +283,7 @@ class ReplayBuffer:
 
         Raises:
             LookupError: a row that is not there (any more).
+            FileNotFoundError: a row's picture is lost.
         """
         state, rows = self._state, np.asarray(rows, dtype=np.int64)
         state.check(rows, state.readable)
@@ -296,8 +297,10 @@ class ReplayBuffer:
             for name in set(IMAGE_COLUMNS) & set(names):
                 try:
                     record[name] = record[name] and [self._picture(image["path"]).copy() for image in record[name]]
-                except FileNotFoundError as error:  # deleted since the check, by another commit
-                    raise LookupError(gone(row, self._state.manifest)) from error
+                except FileNotFoundError:
+                    now = self._load()
+                    now.check(np.array([row]), now.readable)  # evicted since, by another commit
+                    raise
         return records
 
     def _decoded(self, path: str) -> PIL.Image.Image:

@@ -106,7 +106,7 @@ class Priorities:
         """What `save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError, KeyError: no such file, or not one of these.
+            OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: no such file, or not a whole one of these.
         """
         with np.load(file, allow_pickle=False) as saved:
             for name, tree in (("offline", self.offline), ("online", self.online)):

@@ -21,7 +21,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from multiprocessing.util import Finalize
 from numbers import Integral, Real
 from pathlib import Path
 from types import FrameType
@@ -33,7 +35,16 @@ import PIL.Image
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from .validation import ROLES, TrajectoryError, undiscounted
+from .validation import (
+    LARGEST_REWARD,
+    MESSAGE_KEYS,
+    NOT_KEPT,
+    NOT_SHOWN,
+    ROLES,
+    UNSEEN_MODE,
+    TrajectoryError,
+    undiscounted,
+)
 
 Message = dict[str, Any]
 
@@ -67,8 +78,7 @@ def trajectory_features(with_images: bool = True) -> datasets.Features:
 
 
 FEATURES = trajectory_features()
-ROWS_AT_ONCE = 500  # written to the disk
-LARGEST_REWARD = float(np.finfo(np.float32).max)
+ROWS_AT_ONCE, BYTES_AT_ONCE = 500, 2**28  # written to the disk: an Arrow batch holds 2 GiB at most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,14 +154,17 @@ def flatten_content(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             if any(part["type"] == "image" for part in content):
                 raise TrajectoryError("an image part cannot be shown to a text-only model.", column="prompt")
             content = "\n".join(part["text"] for part in content)
-        flat.append({**message, "content": content})
+        flat.append({"role": message["role"], "content": content})
     return flat
 
 
 def _structured(messages: Sequence[Mapping[str, Any]], num_images: int) -> list[Message]:
     """Messages whose contents are lists of {"type", "text"} parts; images precede the first string user message,
-    as in `trl.data_utils.prepare_multimodal_messages`."""
-    result, placed = [], False
+    as in `trl.data_utils.prepare_multimodal_messages`, unless there are image parts."""
+    shown = any(
+        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
+    )
+    result, placed = [], shown
     for message in messages:
         content = message["content"]
         if isinstance(content, str):
@@ -197,6 +210,9 @@ def _check_messages(messages: Any, num_images: int, *, row: int, column: str) ->
             fail("every message needs the keys 'role' and 'content'.")
         if message["role"] not in ROLES:
             fail(f"unknown role {message['role']!r}; use one of {', '.join(ROLES)}.")
+        others = sorted(key for key, value in message.items() if key not in MESSAGE_KEYS and value is not None)
+        if others:
+            fail(f"a message's {others[0]!r} {NOT_KEPT}")
         content = message["content"]
         if content is None:
             fail("a message's content is null; write the text, or '' for none.")
@@ -212,6 +228,8 @@ def _check_messages(messages: Any, num_images: int, *, row: int, column: str) ->
                     fail(
                         "an image stands inside the messages; put it into the turn's `images` and keep the part bare."
                     )
+                if message["role"] == "tool":
+                    fail(f"an image part in a tool message, {NOT_SHOWN}")
                 placeholders += 1
             elif kind == "text":
                 if not isinstance(part.get("text"), str):
@@ -232,12 +250,15 @@ _temporary: dict[int, Path] = {}  # process id -> folder of datasets built witho
 
 
 def _temporary_folder() -> Path:
-    """A folder of this process, removed when the process (not a fork of it) exits."""
+    """A folder of this process, removed when the process (not a fork of it) exits, unless it is killed."""
     pid = os.getpid()
     if pid not in _temporary:
         folder = Path(tempfile.mkdtemp(prefix="vlmq_trl-"))
         _temporary[pid] = folder
-        atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == pid else None)
+        # A forked worker of multiprocessing ends without `atexit`.
+        remove = partial(shutil.rmtree, folder, ignore_errors=True)
+        Finalize(None, remove, exitpriority=0)
+        atexit.register(lambda: remove() if os.getpid() == pid else None)
     return _temporary[pid]
 
 
@@ -259,8 +280,8 @@ class _PngCache:
                 pil.load()  # an image that was opened from a file is read only now
             except Exception as error:
                 fail(f"the image does not decode ({type(error).__name__}: {error}); restore it or drop the episode.")
-            if pil.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-                fail(f"PNG cannot hold mode {pil.mode!r} losslessly; convert the image to 'RGB'.")
+            if pil.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                fail(f"the image is of mode {pil.mode!r}, {UNSEEN_MODE}")
             raw: Any = pil.tobytes() if pil.mode in ("L", "RGB", "RGBA") else None
             shape: tuple = (pil.mode, pil.size)
         else:
@@ -456,7 +477,7 @@ def _write(
     partial = path.with_suffix(".partial")
     png = _PngCache()
     seen: set[str] = set()
-    rows = waiting = whole = 0  # the last: bytes of the file, up to the end of an episode
+    rows = waiting = weight = whole = 0  # the last: bytes of the file, up to the end of an episode
     error: BaseException | None = None
     torn = False  # what follows those bytes may be half a batch
     writer = ArrowWriter(path=str(partial), features=trajectory_features(with_images), writer_batch_size=sys.maxsize)
@@ -474,10 +495,14 @@ def _write(
             with _interrupts_wait():
                 for row in encoded:
                     writer.write(row)
-                rows, waiting = rows + len(encoded), waiting + len(encoded)
-                if waiting >= ROWS_AT_ONCE:
+                    rows, waiting, weight = rows + 1, waiting + 1, weight + _picture_bytes(row)
+                    if weight >= BYTES_AT_ONCE:
+                        torn = True  # until the episode's end
+                        weight = 0
+                        _flush(writer)
+                if torn or waiting >= ROWS_AT_ONCE:
                     torn = True
-                    waiting, whole = 0, _flush(writer)
+                    waiting, weight, whole = 0, 0, _flush(writer)
                     torn = False
     except BaseException as stopped:
         error = stopped
@@ -500,6 +525,10 @@ def _write(
     finally:
         partial.unlink(missing_ok=True)
     return path, error
+
+
+def _picture_bytes(row: Mapping[str, Any]) -> int:
+    return sum(len(image["bytes"]) for name in ("images", "final_images") for image in row.get(name) or ())
 
 
 def _flush(writer: ArrowWriter) -> int:

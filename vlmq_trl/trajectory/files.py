@@ -10,10 +10,12 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,9 +27,10 @@ from .validation import TrajectoryError, rounding, validate_trajectories
 # Words by which files of parquet say of which split they are.
 SPLITS = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev", "holdout", "heldout"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
 }
+UNFINISHED = ".unfinished-"
 
 
 def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_format: str = "arrow") -> None:
@@ -58,14 +61,17 @@ def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_for
             f"{folder} holds another dataset ({foreign[0]}); save to a new folder, or remove that dataset first."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    for left in folder.glob(f"{UNFINISHED}*"):  # by a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as work:
         if file_format == "arrow":
             ds.save_to_disk(work)
             _take_over(Path(work), folder)
         else:
             # Images that are files of their own, as a replay buffer's, go into the parquet file.
             cache = {"cache_file_name": f"{work}/embedded.arrow", "desc": "taking the images in"}
-            embedded = ds.with_format("arrow").map(embed_table_storage, batched=True, batch_size=500, **cache)
+            # An Arrow batch holds 2 GiB at most.
+            embedded = ds.with_format("arrow").map(embed_table_storage, batched=True, batch_size=50, **cache)
             # Not called .parquet: a kill may leave it, and `load_trajectories` reads what is.
             embedded.with_format(None).to_parquet(f"{work}/whole", batch_size=500)
             os.replace(f"{work}/whole", own)
@@ -73,7 +79,7 @@ def save_trajectories(ds: datasets.Dataset, path: str | os.PathLike, *, file_for
 
 def _take_over(new: Path, folder: Path) -> None:
     """Moves what `save_to_disk` wrote in `new` to `folder`. `state.json`, which lists the data files, comes last: up
-    to then the dataset that was there is the one that is loaded."""
+    to then the dataset that was there is the one that is loaded (if its columns are the same)."""
     old = json.loads((folder / "state.json").read_text())["_data_files"] if (folder / "state.json").exists() else []
     state = json.loads((new / "state.json").read_text())
     for file in state["_data_files"]:
@@ -81,8 +87,9 @@ def _take_over(new: Path, folder: Path) -> None:
         os.replace(new / file["filename"], folder / name)
         file["filename"] = name
     (new / "state.json").write_text(json.dumps(state, indent=2))
-    for name in ("dataset_info.json", "state.json"):
-        os.replace(new / name, folder / name)
+    if _features(new) != _features(folder):
+        os.replace(new / "dataset_info.json", folder / "dataset_info.json")
+    os.replace(new / "state.json", folder / "state.json")
     for file in old:
         (folder / file["filename"]).unlink(missing_ok=True)
 
@@ -100,11 +107,27 @@ def load_trajectories(path: str | os.PathLike, streaming: bool = False) -> datas
     """
     files = trajectory_files(path)
     if files[0].name == "state.json":
-        ds = datasets.load_from_disk(str(path))
+        ds = _loaded(files[0])
         return ds.to_iterable_dataset() if streaming else ds
     return datasets.load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
+
+
+def _features(folder: Path) -> Any:
+    info = folder / "dataset_info.json"
+    return json.loads(info.read_text())["features"] if info.is_file() else None
+
+
+def _loaded(state: Path) -> datasets.Dataset:
+    """The dataset on disk; where another took its place meanwhile, that one."""
+    while True:
+        found = state.read_bytes()
+        try:
+            return datasets.load_from_disk(str(state.parent))
+        except (FileNotFoundError, ValueError):
+            if state.read_bytes() == found:
+                raise
 
 
 def trajectory_files(path: str | os.PathLike) -> list[Path]:
@@ -120,14 +143,17 @@ def trajectory_files(path: str | os.PathLike) -> list[Path]:
         return [folder]
     files = sorted(folder.glob("**/*.parquet"))
     if not files:
+        if (folder / "dataset_dict.json").is_file():
+            raise FileNotFoundError(f"{folder} holds a DatasetDict: give the folder of one of its splits.")
         raise FileNotFoundError(
             f"No trajectories at {folder}: neither a dataset saved by save_trajectories nor parquet files."
         )
-    splits = {split: file for file in files if (split := _split_of(file.relative_to(folder)))}
+    splits = {_split_of(file.relative_to(folder)) or "no split named": file for file in files}
     if len(splits) > 1:
+        told = ", ".join(f"{file.relative_to(folder)} ({split})" for split, file in sorted(splits.items()))
         raise ValueError(
-            f"{folder} holds the splits {', '.join(sorted(splits))} ({', '.join(str(f) for f in splits.values())}), "
-            "which would become one dataset. Give one file, or a folder with the files of one split."
+            f"{folder} holds files of several splits, {told}, which would become one dataset. Give one file, or a "
+            "folder with the files of one split."
         )
     return files
 
@@ -139,7 +165,7 @@ def _split_of(file: Path) -> str | None:
     ('test', None)
     """
     for part in reversed(file.parts):
-        words = set(re.split(r"[\W_]+", part.lower()))
+        words = set(re.split(r"[\W_\d]+", part.lower()))
         found = next((split for split, known in SPLITS.items() if words & set(known)), None)
         if found:
             return found

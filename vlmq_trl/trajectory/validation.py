@@ -24,6 +24,14 @@ from tqdm.auto import tqdm
 REQUIRED_COLUMNS = ("prompt", "completion", "episode_id", "turn", "reward", "terminated", "truncated")
 TEMPLATE_COLUMNS = ("chat_template_kwargs", "tools")  # which TRL hands to the chat template
 ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_KEYS = ("role", "content")
+NOT_KEPT = "would be lost, and is nowhere in play; write it into the content."
+NOT_SHOWN = "where TRL shows no picture; show it in a user message."
+UNSEEN_MODE = (
+    "which processors do not show as it is (16-bit grey becomes white); convert it to 8 bits, as 'L' or 'RGB'."
+)
+PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+LARGEST_REWARD = float(np.finfo(np.float32).max)
 IMAGE_SAMPLE = 64  # rows of each image column that validate_trajectories(check_images="sample") looks at
 IMAGE_BATCH = 64  # rows whose images are in memory at once
 
@@ -102,7 +110,7 @@ class _Columns:
     """
 
     def __init__(self, ds: datasets.Dataset):
-        self.table = ds.data.table
+        self.table, self.features = ds.data.table, ds.features
         self.indices = None if ds._indices is None else ds._indices.column(0).to_numpy()
 
     def fact(self, column: str, function: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
@@ -143,12 +151,13 @@ def _bools(values: pa.Array) -> np.ndarray:
 
 
 def _message_facts(chunk: pa.Array) -> np.ndarray:
-    """Structural facts of each prompt of a chunk, as int32 [R, 6].
+    """Structural facts of each prompt of a chunk, as int32 [R, 8].
 
     Columns: messages, messages with an unknown role, null contents, bad parts, image parts (-1: placed by TRL before
-    the first string user message), whether the last role is the user's or a tool's.
+    the first string user message), whether the last role is the user's or a tool's, tool messages with image parts,
+    messages with something else than `MESSAGE_KEYS`.
     """
-    facts = np.zeros((len(chunk), 6), dtype=np.int32)
+    facts = np.zeros((len(chunk), 8), dtype=np.int32)
     facts[:, 0] = _lengths(chunk)
     messages = chunk.flatten()
     role, content = pc.struct_field(messages, "role"), pc.struct_field(messages, "content")
@@ -157,13 +166,17 @@ def _message_facts(chunk: pa.Array) -> np.ndarray:
     facts[:, 1] = _per_parent(chunk, ~known)
     null = pc.is_null(content).to_numpy(zero_copy_only=False)
     facts[:, 2] = _per_parent(chunk, null)
+    for other in {one.name for one in messages.type} - set(MESSAGE_KEYS):
+        facts[:, 7] += _per_parent(chunk, pc.is_valid(pc.struct_field(messages, other)).to_numpy(zero_copy_only=False))
     if _is_list(content.type):
         parts = content.flatten()
         kind, text = pc.struct_field(parts, "type"), pc.struct_field(parts, "text")
         is_image = _bools(pc.equal(kind, "image"))
         is_text = _bools(pc.equal(kind, "text")) & ~pc.is_null(text).to_numpy(zero_copy_only=False)
         facts[:, 3] = _per_parent(chunk, _per_parent(content, ~(is_image | is_text)) > 0)
-        facts[:, 4] = _per_parent(chunk, _per_parent(content, is_image))
+        shown = _per_parent(content, is_image)
+        facts[:, 4] = _per_parent(chunk, shown)
+        facts[:, 6] = _per_parent(chunk, (shown > 0) & _bools(pc.equal(role, "tool")))
     else:
         user = _bools(pc.equal(role, "user"))
         facts[:, 4] = np.where(_per_parent(chunk, user) > 0, -1, 0)
@@ -212,11 +225,13 @@ def _check_prompts(columns: _Columns, column: str, image_column: str | None, ski
 
     facts = columns.fact(column, _message_facts)
     keep = ~skip
-    messages, unknown, null, bad, shown, asks = (facts[:, k] for k in range(6))
+    messages, unknown, null, bad, shown, asks, by_tool, others = facts.T
     _fail(keep & (messages == 0), column, "there is no message; a prompt needs at least one user message.")
     _fail(keep & (unknown > 0), column, f"a message's role is unknown or null; use one of {', '.join(ROLES)}.")
     _fail(keep & (null > 0), column, "a message's content is null; write the text, or '' for none.")
     _fail(keep & (bad > 0), column, "a content part is neither {'type': 'image'} nor {'type': 'text', 'text': ...}.")
+    _fail(keep & (by_tool > 0), column, f"an image part in a tool message, {NOT_SHOWN}")
+    _fail(keep & (others > 0), column, f"a message's {', '.join(sorted(names - set(MESSAGE_KEYS)))} {NOT_KEPT}")
     _fail(
         keep & (asks == 0),
         column,
@@ -270,7 +285,7 @@ def _check_completions(columns: _Columns) -> None:
 
 def _check_image_column(columns: _Columns, column: str, nullable: bool) -> None:
     kind = columns.table.schema.field(column).type
-    if not _is_list(kind) or not pa.types.is_struct(kind.value_type) or kind.value_type.get_field_index("bytes") < 0:
+    if not isinstance(getattr(columns.features[column], "feature", None), datasets.Image):
         raise TrajectoryError(
             f"expected a list of images, found {kind}; cast with ds.cast_column({column!r}, "
             "datasets.List(datasets.Image())).",
@@ -293,6 +308,8 @@ def _check_image(image: dict) -> None:
     """Raise whatever Pillow raises at an image that is broken: of a PNG the checksums, of others every pixel."""
     source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
     with PIL.Image.open(source) as picture:
+        if picture.mode not in PICTURE_MODES:
+            raise ValueError(f"it is of mode {picture.mode!r}, {UNSEEN_MODE}")
         if picture.format == "PNG":  # thirty times faster than its pixels
             picture.verify()
         else:
@@ -434,10 +451,11 @@ def validate_trajectories(
         "give its final observation.",
     )
     reward = _numbers(columns, "reward", _is_number, "a number").astype(np.float64)
-    wrong = _first(~np.isfinite(reward))
+    wrong = _first(~(np.abs(reward) <= LARGEST_REWARD))
     if wrong is not None:
         raise TrajectoryError(
-            f"the reward is {reward[wrong]}; rewards must be finite. Repair the environment or drop the episode.",
+            f"the reward is {reward[wrong]}; rewards must be finite, in float32 too. Repair the environment or drop "
+            "the episode.",
             row=wrong,
             column="reward",
         )
@@ -497,6 +515,8 @@ def validate_trajectories(
         _scalar(columns, "action", _is_string, "a string ('' when nothing was parsed)")
     if "valid" in ds.column_names:
         _scalar(columns, "valid", pa.types.is_boolean, "a bool")
+    if "seed" in ds.column_names and not pa.types.is_integer(kind := columns.table.schema.field("seed").type):
+        raise TrajectoryError(f"expected an integer (-1 where there is none), found {kind}; cast it.", column="seed")
     if "behavior_logprobs" in ds.column_names:
         _check_logprobs(columns)
 
