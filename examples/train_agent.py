@@ -77,6 +77,7 @@ from vlmq_trl import (
     validate_trajectories,
     wilson_interval,
 )
+from vlmq_trl.agent_format import default_format, warn_of_another_format
 from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvSpec, close_env, make_env, registered
 from vlmq_trl.envs import DOMAINS
@@ -299,6 +300,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
     if model_config.model_name_or_path is None:
         # A budget of turns says itself how many updates there are.
         budget = {"max_steps": -1} if script.online and args.max_env_turns is not None else {}
+        if args.num_train_epochs != VLMQConfig.num_train_epochs:
+            budget = {"max_steps": -1}
         special |= EMBEDDED_DEFAULTS | budget
     script, args, model_config = once({**defaults, **special})
     args.eval_strategy = "no"  # the callback evaluates, for every method alike
@@ -334,7 +337,22 @@ def check_episodes(script: AgentArguments, args: VLMQConfig) -> None:
 
 
 def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: ModelConfig) -> None:
-    """Raises ValueError for what TRL would take, and this script cannot do."""
+    """Raises ValueError for what TRL would take, and this script cannot do, or what would fail after an hour."""
+    for config, name, least in (
+        (args, "max_steps", -1),
+        (args, "num_train_epochs", 0),
+        (args, "learning_rate", 0),
+        (args, "per_device_train_batch_size", 1),
+        (args, "gradient_accumulation_steps", 1),
+        (args, "seed", 0),
+        (args, "save_steps", 0),
+        (model_config, "lora_r", 1),
+    ):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or value < least:
+            raise ValueError(f"`{name}` is {value}; it must be a number, at least {least}.")
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise ValueError(f"`output_dir` {args.output_dir} is a file: name a folder.")
     if args.resume_from_checkpoint is not None:
         raise ValueError(
             "`resume_from_checkpoint` is not needed: the same command with the same `output_dir` goes on by itself."
@@ -396,36 +414,40 @@ def check_data(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConf
 
 def earlier_results(
     output: Path, script: AgentArguments, args: VLMQConfig, model_config: ModelConfig
-) -> tuple[dict[str, Any], bool]:
-    """What `results.json` in `output` says, if it was made with these arguments (but for `method`), else {}; and
-    whether the run that wrote it was interrupted, so that this one goes on with it.
+) -> dict[str, Any]:
+    """What `results.json` in `output` says, if it was made with these arguments (but for `method`), else {}.
 
     Raises:
         SystemExit: another run's results, models or checkpoints would be lost.
     """
     path = output / "results.json"
-    found = json.loads(path.read_text()) if path.is_file() else {"methods": {}, "arguments": {}}
-    mine = all_arguments(script, args, model_config)
-    theirs = {k: v for kind, part in found.items() if kind.endswith("arguments") for k, v in part.items()}
-    mine = {k: v for part in mine.values() for k, v in part.items()}
+    found: dict[str, Any] = {"methods": {}, "arguments": {}}
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+            theirs = {k: v for kind, part in found.items() if kind.endswith("arguments") for k, v in part.items()}
+            methods = ", ".join(found["methods"])
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise SystemExit(
+                f"{path} was not written by this script, or is damaged: choose another `--output_dir`, or remove it."
+            ) from None
+    else:
+        theirs, methods = {}, ""
+    mine = {k: v for part in all_arguments(script, args, model_config).values() for k, v in part.items()}
     differing = sorted(
         k
-        for k in (mine.keys() | theirs.keys()) - {"output_dir"}
+        for k in (mine.keys() | theirs.keys()) - {"output_dir", "method"}
         if json.dumps(mine.get(k)) != json.dumps(theirs.get(k))
     )
-    if not differing and set(script.method) <= set(found["methods"]):
-        remove_checkpoints(output)  # of a run that was killed at its very end
-    goes_on = not differing and not set(script.method) <= set(found["methods"])
-    another = bool(set(differing) - {"method"})
-    lost = [f"the results of {', '.join(found['methods'])}"] if another and found["methods"] else []
-    lost += ["checkpoints"] if not goes_on and any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) else []
-    if lost:
+    lost = [f"the results of {methods}"] if methods else []
+    lost += ["checkpoints"] if any(output.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")) else []
+    if differing and lost:
         names = ", ".join(f"`{name}`" for name in differing[:3])
         raise SystemExit(
             f"{output} holds {' and '.join(lost)} of a run with another {names}: give it the same arguments to go on "
             "with it, or to add a `--method`; choose another `--output_dir`, or remove it, to start over."
         )
-    return ({} if another else found), goes_on
+    return {} if differing else found
 
 
 def all_arguments(script: AgentArguments, args: VLMQConfig, model_config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -454,9 +476,15 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     say = print if args.process_index == 0 else lambda *_: None
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    earlier, goes_on = earlier_results(output, script, args, model_config)
-    done = [method for method in script.method if goes_on and method in earlier["methods"]]
-    if goes_on:
+    earlier = earlier_results(output, script, args, model_config)
+    done = [method for method in script.method if method in earlier.get("methods", {})]
+    for method in done:
+        remove_checkpoints(output / method)  # of a run that was killed at its very end
+    if done == script.method:
+        say(table(earlier))
+        say(f"\n{output}/ holds this run, which is done. Choose another `--output_dir`, or remove it, to start over.")
+        return earlier
+    if earlier:
         say(f"Going on with the run in {output}/" + (f"; done: {', '.join(done)}" if done else ""))
 
     with args.main_process_first(desc="model and data"):
@@ -466,6 +494,11 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
     if data is not None:
         level = percent(data["success_rate"])
         say(f"Data: {data['episodes']:,} episodes, {data['turns']:,} turns, {level} of the episodes succeed.")
+
+    if script.dataset_path is not None and script.method != ["vlmq"]:  # whose trainer warns itself
+        made = make_env(script.env)
+        warn_of_another_format(agent_format or default_format(made), dataset)
+        close_env(made)
 
     if earlier.get("data", data) != data:
         raise SystemExit(
@@ -485,11 +518,7 @@ def main(argv: Sequence[str] | None = None, agent_format: AgentFormat | None = N
         "model": model_name,
         "data": data,
         "before": before,
-        "methods": {
-            method: run
-            for method, run in earlier.get("methods", {}).items()
-            if method in done or method not in script.method
-        },
+        "methods": dict(earlier.get("methods", {})),
         **all_arguments(script, args, model_config),
         "versions": {m.__name__: m.__version__ for m in (vlmq_trl, torch, transformers, trl, datasets)},
     }

@@ -80,6 +80,27 @@ def test_an_adapter_opens_with_all_it_needs(trained, seen):
     assert played == {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k[5:] in played}
 
 
+def test_the_task_is_the_environments(trained, seen, tmp_path):
+    """Unless it is given, or another one in each episode."""
+    agent = VLMAgent.from_pretrained(trained[1], temperature=0.0)
+    observation, task = seen
+    assert agent.act(observation) == agent.act(observation, task)
+    assert agent.token_values(observation, "+") == agent.token_values(observation, "+", task)
+    assert agent.token_values(observation, "+", "") != agent.token_values(observation, "+", task)
+    agent.env = "vlmq_trl/BabyAI-GoToObj-v0"
+    with pytest.raises(ValueError, match="Give `task`: it is another one in each episode"):
+        agent.act(observation)
+    agent.env = None
+    with pytest.raises(ValueError, match="Give `task`: the agent's card names no environment"):
+        agent.act(observation)
+
+
+def test_scores_need_a_response_to_each_request(trained):
+    agent = VLMAgent.from_pretrained(trained[1])
+    with pytest.raises(ValueError, match="3 responses to 2 requests"):
+        agent.score([None] * 2, ["a"] * 3, batch_size=2)
+
+
 def test_the_card_is_json_and_is_checked(trained, tmp_path):
     _, folder = trained
     card = json.loads((folder / "agent.json").read_text())

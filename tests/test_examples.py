@@ -240,8 +240,41 @@ def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, mo
     assert plain(json.loads(json.dumps(again))) == plain(json.loads(json.dumps(straight)))
 
 
+def test_methods_are_added(model_name, tmp_path, monkeypatch):
+    """In the same list or by themselves, also to a run that was interrupted in another method's training."""
+    arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "model_name_or_path": model_name, "disable_tqdm": True}
+    begun, train = [], train_agent.train
+
+    def watched(method, *args):
+        begun.append(method)
+        if method == "vlmq" and begun.count("vlmq") == 1:
+            (tmp_path / "vlmq" / "checkpoint-1").mkdir(parents=True)  # begun, not whole
+            raise Interrupted
+        return train(method, *args)
+
+    monkeypatch.setattr(train_agent, "train", watched)
+
+    def run(*methods):
+        begun_before = len(begun)
+        found = train_agent.main(flags(**arguments, method=list(methods), output_dir=tmp_path))
+        return begun[begun_before:], list(found["methods"])
+
+    with pytest.raises(Interrupted):
+        run("sft", "vlmq")
+    assert run("filtered_bc") == (["filtered_bc"], ["sft", "filtered_bc"])
+    assert run("sft", "vlmq", "filtered_bc") == (["vlmq"], ["sft", "filtered_bc", "vlmq"])
+    assert run("vlmq") == ([], ["sft", "filtered_bc", "vlmq"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"methods": 3, "arguments": {}}'])
+def test_results_of_something_else(text, model_name, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"results\.json was not written by this script, or is damaged"):
+        train_agent.main(flags(**SMALL, model_name_or_path=model_name, output_dir=tmp_path))
+
+
 @pytest.mark.parametrize("stop", [None, 1.0])
-def test_a_run_interrupted_in_its_test_is_not_trained_further(stop, model_name, tmp_path, monkeypatch):
+def test_a_run_interrupted_in_its_test_is_not_trained_further(stop, model_name, tmp_path, monkeypatch, capsys):
     """Nor one that `stop_at_success` had ended."""
     arguments = {**SMALL, "max_steps": 4 if stop else 2, "before_episodes": 0, "method": "vlmq", "save_steps": 1}
     argv = flags(**arguments, model_name_or_path=model_name, disable_tqdm=True, output_dir=tmp_path)
@@ -262,9 +295,14 @@ def test_a_run_interrupted_in_its_test_is_not_trained_further(stop, model_name, 
     history = train_agent.main(argv)["methods"]["vlmq"]["history"]
     assert [record["step"] for record in history] == ([0, 1] if stop else [0, 1, 2])
     assert not list(tmp_path.glob("vlmq/checkpoint-*"))
-    # Killed at the very end: nothing is left to do but to begin anew.
+    # Killed at the very end, or simply given again: nothing is left to do, and nothing is lost.
     (tmp_path / "vlmq" / "checkpoint-2").mkdir()
-    train_agent.main(argv)
+    monkeypatch.setattr(train_agent, "train", interrupt)
+    before = (tmp_path / "results.json").read_text()
+    capsys.readouterr()
+    assert train_agent.main(argv)["methods"]["vlmq"]["history"] == history
+    assert "holds this run, which is done" in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_text() == before and not list(tmp_path.glob("vlmq/checkpoint-*"))
 
 
 ONLINE = {
@@ -486,8 +524,8 @@ def test_paths_in_the_home_folder(model_name, tmp_path, monkeypatch):
     shutil.copytree(model_name, tmp_path / "model")
     save_trajectories(collect_demonstrations("vlmq_trl/NumberLine-v0", episodes=2, progress=False), tmp_path / "data")
     paths = {"model_name_or_path": "~/model", "dataset_path": "~/data", "output_dir": "~/out", "replay_dir": "~/play"}
-    (tmp_path / "paths.yaml").write_text(yaml.safe_dump(paths))
-    for argv in (flags(**paths), ["--config", str(tmp_path / "paths.yaml")]):
+    (tmp_path / "paths.yaml").write_text(yaml.safe_dump({**paths, "online": True, "method": ["vlmq"]}))
+    for argv in (flags(**paths, online=True, method="vlmq"), ["--config", str(tmp_path / "paths.yaml")]):
         script, args, model_config = train_agent.parse(argv)
         found = (model_config.model_name_or_path, script.dataset_path, args.output_dir, args.replay_dir)
         assert found == tuple(str(tmp_path / name) for name in ("model", "data", "out", "play"))
@@ -510,6 +548,12 @@ def test_few_browsers_at_once(model_name):
     script, args, _ = train_agent.parse([*env, "--eval_num_envs", "2", "--rollout_workers", "false"])
     assert args.eval_num_envs == 2 and not args.rollout_workers
     assert train_agent.parse([])[1].eval_num_envs == 64
+
+
+def test_epochs_count_where_they_are_given():
+    assert train_agent.parse([])[1].max_steps == 600
+    assert train_agent.parse(["--num_train_epochs", "1"])[1].max_steps == -1
+    assert train_agent.parse(["--num_train_epochs", "1", "--max_steps", "7"])[1].max_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -558,6 +602,13 @@ def test_few_browsers_at_once(model_name):
         (["--top_fraction", "2"], "`top_fraction` is 2.0; it must lie in (0, 1]"),
         (["--dataset_path", "/nowhere"], "`dataset_path`: No trajectories at /nowhere"),
         (["--dataset_path", __file__], "test_examples.py: neither a dataset saved by save_trajectories nor parquet"),
+        (["--learning_rate", "-1"], "`learning_rate` is -1.0; it must be a number, at least 0"),
+        (
+            ["--per_device_train_batch_size", "0"],
+            "`per_device_train_batch_size` is 0; it must be a number, at least 1",
+        ),
+        (["--seed", "-1"], "`seed` is -1; it must be a number, at least 0"),
+        (["--output_dir", __file__], "test_examples.py is a file: name a folder"),
         (["--gamma", "1.5"], "`gamma=1.5`: it must lie in [0, 1]"),
         (["--eval_steps", "0.5"], "`eval_steps` is 0.5; it must be a whole number of optimiser steps"),
         (["--test_seed", "1000100"], "`eval_seed` 1000000 and its 200 episodes run into `test_seed` 1000100"),

@@ -538,6 +538,17 @@ def test_what_is_known_to_be_worse_is_left(tmp_path):
     def left(room, task="go"):
         return tuple(visited(request(task), said(room)[:-2]))
 
+    # Where each step costs something, the way that did best is gone again from its first step on.
+    costly = VisitedStates(fmt, 1.0, seed=0)
+    costly.add(played(0, ("1", "left", -0.1), ("2", "right", -0.1), ("3", "up", 1.0)))
+    costly.add(played(1, ("1", "right", -0.1), ("4", "up", 0.5)))
+    assert [tuple(costly(request(), said(room)[:-2])) for room in "1234"] == [
+        ("Left",),
+        ("Right",),
+        ("up",),
+        legal[:2],
+    ]
+
     offline = dataset_from_episodes([played(0, ("1", "left", 0.0), ("2", "LEFT", 5.0))])
     with ReplayBuffer(tmp_path, with_images=False, capacity=3) as buffer:
         buffer.add_offline(offline, validate_trajectories(offline))

@@ -95,7 +95,7 @@ class VLMAgent:
 
     ```python
     >>> agent = VLMAgent.from_pretrained("user/repo")
-    >>> agent.act(observation).action
+    >>> agent.act(observation).action  # and `task`, where each episode has its own
     >>> episodes = agent.play("vlmq_trl/NumberLine-v0", episodes=10)
     >>> agent.token_values(observation, response)  # with a critic
     ```
@@ -131,7 +131,7 @@ class VLMAgent:
         self.temperature, self.max_completion_length = temperature, max_completion_length
         self.legal_actions_only = legal_actions_only
         self._needs_format = False  # the card says so
-        self._default_format: tuple[EnvSpec, AgentFormat] | None = None  # of `env`, which may be slow to make
+        self._defaults: tuple[EnvSpec, AgentFormat, str] | None = None  # of `env`, which may be slow to make
 
     @classmethod
     def from_pretrained(
@@ -190,7 +190,7 @@ class VLMAgent:
     def act(
         self,
         observation: Mapping[str, Any],
-        task: str = "",
+        task: str | None = None,
         history: Sequence[Exchange] = (),
         *,
         best_of: int = 1,
@@ -199,19 +199,20 @@ class VLMAgent:
         """Answers one observation, a mapping with "image" (uint8 [H, W, 3]), "text" or both.
 
         Args:
-            task: the environment's task text.
+            task: the environment's task text; default that of the environment that it was trained in, where it is the
+                same in all episodes. "": none.
             history: earlier turns of the episode, oldest first, where the format wants them.
             best_of: samples as many responses and takes the one that the critic values most.
             legal_actions: what it may do, with `legal_actions_only`.
 
         Raises:
-            TypeError, ValueError: an observation that does not fit, no format, `best_of` without a critic, or
+            TypeError, ValueError: an observation that does not fit, no task or format, `best_of` without a critic, or
                 `legal_actions_only` and no `legal_actions`.
         """
         if self.legal_actions_only and not legal_actions:
             raise ValueError("The agent takes legal actions only: say which there are, by `legal_actions`.")
         fmt = self._format()
-        prompt, images = prompt_of(fmt, task, observation, history)
+        prompt, images = prompt_of(fmt, self._task(task), observation, history)
         request = Request(None, prompt, images, np.random.default_rng(0), tuple(legal_actions))
         policy = self.policy(best_of=best_of)
         (response,) = policy.act([request])
@@ -236,7 +237,7 @@ class VLMAgent:
             raise ValueError("Which environment? Give `env`: the agent's card names none.")
         fmt = kwargs.get("agent_format") or self.own_format()
         if fmt is None and self.legal_actions_only:
-            fmt = _default_of(env)
+            fmt, _ = _defaults_of(env)
         kwargs["agent_format"] = fmt  # None for the environment's
         policy = self.policy(best_of=best_of, agent_format=fmt)
         return list(play_episodes(env, policy, episodes=episodes, seed=seed, **kwargs))
@@ -283,22 +284,40 @@ class VLMAgent:
             return own
         if self.env is None:
             raise ValueError("How does it see and answer? Give `agent_format`: the agent's card names none.")
-        if self._default_format is None or self._default_format[0] is not self.env:
-            self._default_format = self.env, _default_of(self.env)
-        return self._default_format[1]
+        return self._of_env()[0]
+
+    def _task(self, given: str | None) -> str:
+        if given is not None:
+            return given
+        task = "" if self.env is None else self._of_env()[1]
+        if not task:
+            why = "the agent's card names no environment" if self.env is None else "it is another one in each episode"
+            raise ValueError(f"What is it to do? Give `task`: {why}.")
+        return task
+
+    def _of_env(self) -> tuple[AgentFormat, str]:
+        """Format and task of the environment that it was trained in."""
+        assert self.env is not None
+        if self._defaults is None or self._defaults[0] is not self.env:
+            self._defaults = self.env, *_defaults_of(self.env)
+        return self._defaults[1:]
 
     # ---- the critic ----
 
     def token_values(
-        self, observation: Mapping[str, Any], response: str, task: str = "", history: Sequence[Exchange] = ()
+        self,
+        observation: Mapping[str, Any],
+        response: str,
+        task: str | None = None,
+        history: Sequence[Exchange] = (),
     ) -> list[TokenValue]:
         """What policy and critic make of each token of a response, its end token included.
 
         Raises:
             TypeError: the response is no string.
-            ValueError: there is no critic, or no format is known.
+            ValueError: there is no critic, or no task or format is known.
         """
-        prompt, images = prompt_of(self._format(), task, observation, history)
+        prompt, images = prompt_of(self._format(), self._task(task), observation, history)
         (values,) = self.score([Request(None, prompt, images, np.random.default_rng(0))], [response])
         return values
 
@@ -315,6 +334,8 @@ class VLMAgent:
         critic = self.critic
         if critic is None:
             raise ValueError("There is no critic beside this model; only a VLMQ run saves one.")
+        if len(requests) != len(responses):
+            raise ValueError(f"{len(responses)} responses to {len(requests)} requests: give one to each.")
         for response in responses:
             if not isinstance(response, str):
                 raise TypeError(f"A response must be a string, such as `Answer.response`, got {response!r:.100}.")
@@ -372,7 +393,7 @@ def agent_card(
     `env_kwargs` (of `functools.partial(gymnasium.make, env_id, ...)`), `agent_format` (`CUSTOM_FORMAT` for a user's
     own functions, None where none is known), `max_completion_length`, `legal_actions_only`."""
     if agent_format is None and env is not None:
-        agent_format = _default_of(env)
+        agent_format, _ = _defaults_of(env)
     env_id, env_kwargs = env, {}
     if isinstance(env, partial) and env.func is gymnasium.make and len(env.args) == 1 and _is_json(env.keywords):
         env_id, env_kwargs = env.args[0], env.keywords
@@ -397,10 +418,11 @@ def _env_of(card: Mapping[str, Any]) -> EnvSpec | None:
     return partial(gymnasium.make, env_id, **env_kwargs) if env_id and env_kwargs else env_id
 
 
-def _default_of(env: EnvSpec) -> AgentFormat:
+def _defaults_of(env: EnvSpec) -> tuple[AgentFormat, str]:
+    """The environment's format, and its task; "" if that is not known before an episode begins."""
     made = make_env(env)
     try:
-        return default_format(made)
+        return default_format(made), str(made.get_wrapper_attr("task") or "") if made.has_wrapper_attr("task") else ""
     finally:
         close_env(made)
 

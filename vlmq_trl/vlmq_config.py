@@ -345,6 +345,8 @@ class VLMQConfig(SFTConfig):
             elif kind is float or (kind == float | None and value is not None):
                 number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
                 self._require(number, name, "must be a finite number")
+            elif kind is bool:
+                self._require(isinstance(value, bool), name, "must be True or False")
         for name in ("gamma", "token_gamma", "turn_lambda", "token_lambda"):
             self._require(0 <= getattr(self, name) <= 1, name, "must lie in [0, 1]")
         for name in (
@@ -449,6 +451,12 @@ class VLMQConfig(SFTConfig):
                 f"`replay_prioritized_fraction={self.replay_prioritized_fraction}` needs the critic: the priority is "
                 "what surprises it. Set it to 0, or give a positive `critic_coef`."
             )
+        if self.token_gamma < 1 and self.replay_prioritized_fraction:
+            raise ValueError(
+                f"`token_gamma={self.token_gamma}` does not go with "
+                f"`replay_prioritized_fraction={self.replay_prioritized_fraction}`: priorities compare the critic "
+                "with returns that are discounted by turns alone. Leave one of them at its default."
+            )
         for name, value in (("packing", False), ("padding_free", False), ("assistant_only_loss", False)):
             if getattr(self, name) != value:
                 raise ValueError(f"`{name}=True` is not supported: each row is one turn, whose completion is learned.")
@@ -495,11 +503,20 @@ ONLINE_ONLY = (
     "rollout_search_fraction",
     "rollout_repeat_fraction",
     "rollout_temperature",
+    "rollout_temperature_start",
     "rollout_action_temperature",
+    "rollout_action_temperature_start",
+    "rollout_epsilon_start",
+    "rollout_annealing_turns",
+    "rollout_seed",
+    "replay_dir",
     "online_fraction",
+    "online_fraction_start",
+    "online_fraction_steps",
     "online_thought_weight",
     "online_thought_filter",
     "async_collection",
+    "max_staleness",
 )
 
 

@@ -53,6 +53,7 @@ from .env_pool import EnvPool
 from .modeling import (
     AutoModelForImageTextToTextWithValueHead,
     ValueHeadOutput,
+    existing,
     has_adapter,
     has_critic,
     hub_arguments,
@@ -147,8 +148,13 @@ class VLMQTrainer(SavingTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
-        if isinstance(model, os.PathLike):
-            model = os.fspath(model)
+        if isinstance(model, str | os.PathLike):
+            model = existing(model)
+        elif not isinstance(model, PreTrainedModel | PeftModel | AutoModelForImageTextToTextWithValueHead):
+            raise TypeError(
+                f"`model` must be a name, a model of transformers or PEFT, or an "
+                f"`AutoModelForImageTextToTextWithValueHead`, got {type(model).__name__}."
+            )
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = VLMQConfig(f"{name.rstrip('/').split('/')[-1]}-VLMQ")
@@ -190,6 +196,9 @@ class VLMQTrainer(SavingTrainer):
         whole: dict[str, Any] = {"filter_scope": "response", "critic_scope": "response"}
         whole |= {"online_thought_weight": 1.0, "online_thought_filter": "none"}
         split = [f"{name}={getattr(args, name)!r}" for name, value in whole.items() if getattr(args, name) != value]
+        if split and agent_format is None and env is not None and env != eval_env:  # it is what is learned from
+            with closing(EnvPool(env, num_envs=1, workers=args.rollout_workers)) as made:
+                own_format = made.agent_format
         if split and own_format is None:
             raise ValueError(
                 f"`{split[0]}` needs to know where a response comes to its action: give `agent_format`, or "

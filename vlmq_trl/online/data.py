@@ -120,8 +120,9 @@ class OnlineData:
         if self.own_turns and run != self.run:
             raise ValueError(
                 f"{self.buffer.folder} holds {self.own_turns} turns that a run with other arguments, another model or "
-                "another environment collected. Resume that run (`resume_from_checkpoint=True`), choose another "
-                "`replay_dir`, or remove the folder."
+                "another environment collected, or this trainer when it was called before. Resume that run "
+                "(`train(resume_from_checkpoint=True)`, with a larger `max_steps` or `max_env_turns` if it is done), "
+                "choose another `replay_dir`, or remove the folder."
             )
         self.run = run
 

@@ -24,8 +24,8 @@ HORIZON = 100
 
 @dataclass
 class _Edge:
-    """A state's action: how often it was taken, the last time's return, the sum of rewards, how often which state
-    followed."""
+    """A state's action: how often it was taken, what the last episode with it had in all, the sum of its rewards, how
+    often which state followed."""
 
     visits: int = 0
     last: float = -math.inf
@@ -52,11 +52,11 @@ class VisitedStates:
     def __init__(self, agent_format: AgentFormat, fraction: float, seed: int):
         self.agent_format, self.fraction, self.seed = agent_format, fraction, seed
         self._edges: dict[bytes, dict[str, _Edge]] = {}
-        self._highest = -math.inf
+        self._highest = self._best = -math.inf  # return from some turn on; of a whole episode
 
     def count(self, buffer: ReplayBuffer) -> None:
         """Begins anew with the turns that the buffer keeps now, the offline ones too."""
-        self._edges, self._highest = {}, -math.inf
+        self._edges, self._highest, self._best = {}, -math.inf, -math.inf
         rows = buffer.dataset().select_columns(["episode_id", "prompt", "completion", "reward"])
         for _, turns in groupby(rows, key=lambda row: row["episode_id"]):
             self._add((row["prompt"], "".join(map(_text, row["completion"])), row["reward"]) for row in turns)
@@ -66,27 +66,29 @@ class VisitedStates:
         self._add((turn.prompt, turn.completion, turn.reward) for turn in episode.turns)
 
     def _add(self, turns: Iterable[tuple[list[dict[str, Any]], str, float]]) -> None:
-        following, to_go = None, 0.0
-        for prompt, said, reward in reversed(list(turns)):
+        following, to_go, turns = None, 0.0, list(turns)
+        total = sum(reward for _, _, reward in turns)
+        self._best = max(self._best, total)
+        for prompt, said, reward in reversed(turns):
             to_go += reward
             self._highest = max(self._highest, to_go)
             state, action = self._state(prompt, said), action_of(self.agent_format, said)
             if action.valid:
                 edge = self._edges.setdefault(state, {}).setdefault(action.action.casefold(), _Edge())
-                edge.visits, edge.last, edge.rewards = edge.visits + 1, to_go, edge.rewards + reward
+                edge.visits, edge.last, edge.rewards = edge.visits + 1, total, edge.rewards + reward
                 edge.following.update([] if following is None else [following])
             following = state
 
     def __call__(self, request: Request, said: str) -> dict[str, int]:
         """What to choose from in this state, and how often each was taken there.
 
-        Those that had the highest return when they were last taken, if there are such; else the legal actions of the
+        Those with which the last episode did as well as the best one, if there are such; else the legal actions of the
         highest value. In the other episodes all legal actions, as if there were no table.
         """
         if np.random.default_rng((self.seed, request.episode, 3)).random() >= self.fraction:
             return dict.fromkeys(request.legal_actions, 0)
         state, actions = self._state(request.prompt, said), [action.casefold() for action in request.legal_actions]
-        edges, enough = self._edges.get(state, {}), self._hope - 1e-6
+        edges, enough = self._edges.get(state, {}), _hope(self._best) - 1e-6
         won = [k for k, action in enumerate(actions) if action in edges and edges[action].last >= enough]
         if won:
             return {request.legal_actions[k]: 0 for k in won}
@@ -94,24 +96,19 @@ class VisitedStates:
         best = np.flatnonzero(values >= values.max(initial=-math.inf) - 1e-6)
         return {request.legal_actions[k]: edges.get(actions[k], _Edge()).visits for k in best}
 
-    @property
-    def _hope(self) -> float:
-        """What the unknown is worth."""
-        return self._highest if self._highest > 0 else self._highest + 1
-
     def _action_values(self, state: bytes, actions: list[str], known: dict[bytes, float], horizon: int) -> np.ndarray:
         """[n] of the actions in this state. `known` holds, and takes, values of states; one that leads back to itself
         counts as unknown."""
-        edges, values = self._edges.get(state, {}), np.full(len(actions), self._hope)
+        edges, values = self._edges.get(state, {}), np.full(len(actions), _hope(self._highest))
         for k, edge in enumerate(map(edges.get, actions)):
             if edge is not None:
                 to_come = (n * self._state_value(s, actions, known, horizon - 1) for s, n in edge.following.items())
-                values[k] = min((edge.rewards + sum(to_come)) / edge.visits, self._hope)
+                values[k] = min((edge.rewards + sum(to_come)) / edge.visits, _hope(self._highest))
         return values
 
     def _state_value(self, state: bytes, actions: list[str], known: dict[bytes, float], horizon: int) -> float:
         if state not in known:
-            known[state] = self._hope
+            known[state] = _hope(self._highest)
             if horizon and all(action in self._edges.get(state, {}) for action in actions):
                 known[state] = float(self._action_values(state, actions, known, horizon).max())
         return known[state]
@@ -119,6 +116,11 @@ class VisitedStates:
     def _state(self, prompt: list[dict[str, Any]], said: str) -> bytes:
         text = "\n".join([*map(_text, prompt), self.agent_format.replace_action(said, "")])
         return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _hope(best: float) -> float:
+    """What the unknown is worth: the best there was, and where that was no success, more."""
+    return best if best > 0 else best + 1
 
 
 def _text(message: Mapping[str, Any]) -> str:

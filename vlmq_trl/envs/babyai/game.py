@@ -72,7 +72,7 @@ class BabyAI(TextActionEnv):
         self.picture_size = (cells[0] * self.tile_size, cells[1] * self.tile_size)
         self.text_length = 120 if effects else 0
         self.reading_fields = (("facing",) if view == "full" else ()) + ("in front", "carrying", "seen")
-        self.task = self._task("do the mission")
+        self.task = ""  # each episode has its own
         self.max_turns = max_turns
         self.taken: int | None = None
         self._effect = ""
