@@ -243,5 +243,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def arithmetic(results: list[dict[str, Any]]) -> str:
+    """How many of the runs computed in bfloat16, a machine's choice."""
+    known = [result["choices"]["bf16"] for result in results if "choices" in result]
+    lost = len(results) - len(known)
+    return (
+        f"Arithmetic: bfloat16 autocast in {sum(known)} of {len(known)} runs"
+        + (f" ({lost} earlier ones did not record it)" if lost else "")
+        + ", float32 in the others; on a CPU the shipped configurations take float32."
+    )
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))

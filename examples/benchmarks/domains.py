@@ -17,7 +17,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.benchmarks import learning
-from examples.benchmarks.common import PAGE, RESULTS, SEEDS, command_line, describe, markdown_table, write_section
+from examples.benchmarks.common import (
+    PAGE,
+    RESULTS,
+    SEEDS,
+    arithmetic,
+    command_line,
+    describe,
+    markdown_table,
+    write_section,
+)
 from examples.benchmarks.learning import COMMON, HEADER, METHODS, NAMES, cells, line, listed, pooled
 
 # Arguments of `train_agent.py`; what is not said is as in `learning.py`. The later wins.
@@ -157,7 +166,7 @@ def report() -> None:
         f"{len(done)} of {len(all_runs())} runs, {hours:.1f} hours of computing, "
         f"on: {'; '.join(sorted({describe(r['machine']) for r in done}))}. "
         + ", ".join(f"{name} {number}" for name, number in done[-1]["versions"].items())
-        + ".\n\nTables, tests and settings as under Learning.",
+        + f".\n\nTables, tests and settings as under Learning. {arithmetic(done)}",
         markdown_table([target, "greedy", "", "sampled", ""], rows),
         *map(setting_section, SETTINGS),
     ]

@@ -28,6 +28,7 @@ from examples.benchmarks.common import (
     ROOT,
     SEEDS,
     Run,
+    arithmetic,
     as_flags,
     command_line,
     describe,
@@ -447,7 +448,8 @@ def report() -> None:
             + ".\n\nSuccess in %: all seeds' test episodes together, with Wilson's 95 % interval, and in the column "
             f"beside it the worst and the best of the {len(SEEDS)} seeds (*: not all are done). `best step` is where "
             "each seed's validation was best. What a step costs stands under Cost: these runs shared their machine. "
-            f"Settings of all, unless said otherwise: {listed(COMMON)}; a method's own are in `learning.py`."
+            f"{arithmetic(done)} Settings of all, unless said otherwise: {listed(COMMON)}; a method's own are in "
+            "`learning.py`."
             "\n\n![Learning curves](learning_curves.png)\n\n" + "\n\n".join(filter(None, sections))
         )
         plot(ROOT / "docs" / "learning_curves.png")
