@@ -79,10 +79,10 @@ class ReadingError(RuntimeError):
     """The freshly built model does not read its pictures well enough to be used.
 
     Attributes:
-        built: what `build_embedded_model` would have returned.
+        built: what `build_embedded_model` would have returned; None in another process.
     """
 
-    def __init__(self, message: str, built: tuple[Any, Any, dict[str, float]]):
+    def __init__(self, message: str, built: tuple[Any, Any, dict[str, float]] | None = None):
         super().__init__(message)
         self.built = built
 
@@ -194,6 +194,7 @@ def load_embedded_model(
     try:
         built = build_embedded_model(recipe, progress)
     except ReadingError as error:
+        assert error.built is not None
         poor = root / f"poor-{key}"
         _write(poor, recipe, *error.built)
         error.add_note(f"It lies in {poor}: give that as the model if it reads well enough for you.")
