@@ -193,6 +193,13 @@ def test_from_offline_to_online(tmp_path):
     assert (tmp_path / "checkpoint-6" / "replay_manifest.json").is_file()
 
 
+def test_no_two_micro_batches_are_drawn_alike(tmp_path, monkeypatch):
+    drawn, items = [], OnlineData.items
+    monkeypatch.setattr(OnlineData, "items", lambda self, *a: drawn.append(a[:2]) or items(self, *a))
+    make_trainer(tmp_path, dataset=text_number_line(), max_steps=3, gradient_accumulation_steps=2).train()
+    assert drawn == [(update, 2 * update + k) for update in range(3) for k in range(2)]
+
+
 def test_a_runs_own_play_as_the_next_ones_offline_data(tmp_path):
     ids = set()
     dataset = text_number_line()
@@ -411,6 +418,9 @@ def test_what_was_said_before_the_action_counts_less(weight, by_reference, peft_
         max_steps=3,
         learning_rate=0.05,
     )
+    for part in trainer.model.modules():
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.5  # in training; the reference is without
     before = tiny_models.build("llama")[0].eval()
     batches, weights, seen, moved = [], [], {False: 0, True: 0}, 0.0
     own, policy_loss = trainer.compute_loss, losses.policy_loss
