@@ -88,7 +88,7 @@ def test_the_task_is_the_environments(trained, seen, tmp_path):
     assert agent.token_values(observation, "+") == agent.token_values(observation, "+", task)
     assert agent.token_values(observation, "+", "") != agent.token_values(observation, "+", task)
     agent.env = "vlmq_trl/BabyAI-GoToObj-v0"
-    with pytest.raises(ValueError, match="Give `task`: it is another one in each episode"):
+    with pytest.raises(ValueError, match="Give `task`: its environment has none before an episode"):
         agent.act(observation)
     agent.env = None
     with pytest.raises(ValueError, match="Give `task`: the agent's card names no environment"):

@@ -22,7 +22,7 @@ from tests import tiny_models
 from tests.misbehaving_envs import Misbehaving
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
 from vlmq_trl import EnvEvaluationCallback, losses, vlmq_trainer
-from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, PlainFormat
+from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, PlainFormat, default_format
 from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.envs import make_demonstrator
@@ -191,6 +191,21 @@ def test_from_offline_to_online(tmp_path):
     assert len(everything) == len(dataset) + logs[-1]["env_turns"]
     assert all(episode.episode_id.startswith("online/") for episode in collected(tmp_path))
     assert (tmp_path / "checkpoint-6" / "replay_manifest.json").is_file()
+
+
+def test_actions_are_found_in_the_format_that_is_played_in(tmp_path):
+    """Not in that of another environment for evaluation."""
+
+    def plain():
+        env = TextNumberLine()
+        env.unwrapped.reading_fields = ()
+        return env
+
+    init = {"agent_format": None, "eval_env": plain}
+    trainer = make_trainer(tmp_path, init=init, filter_scope="action", max_steps=1)
+    assert trainer.data_collator.action_format == default_format(TextNumberLine()) != default_format(plain())
+    trainer = make_trainer(tmp_path, init=init, max_steps=1)
+    assert trainer.data_collator.action_format is None
 
 
 def test_no_two_micro_batches_are_drawn_alike(tmp_path, monkeypatch):

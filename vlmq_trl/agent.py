@@ -291,7 +291,11 @@ class VLMAgent:
             return given
         task = "" if self.env is None else self._of_env()[1]
         if not task:
-            why = "the agent's card names no environment" if self.env is None else "it is another one in each episode"
+            why = (
+                "the agent's card names no environment"
+                if self.env is None
+                else "its environment has none before an episode begins"
+            )
             raise ValueError(f"What is it to do? Give `task`: {why}.")
         return task
 
