@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-FORMS = ("png", "url", "lists", "flat", "float", "text", "bomb", "wide", "huge")
-
 
 def squares(secret: int) -> np.ndarray:
     """uint8 [48, 60, 3], a white square for each unit."""
@@ -87,7 +85,8 @@ def serve(port: int, sessions: int) -> None:
             return self.seen("")
 
         def seen(self, hint: str, **rest: Any) -> Seen:
-            return Seen(hint=hint, picture=drawn(self.secret, self.form), **rest)
+            dark = self.form == "dark" and rest.get("done")  # shows nothing at the end
+            return Seen(hint=hint, picture=None if dark else drawn(self.secret, self.form), **rest)
 
         def step(self, action: Guess, timeout_s: float | None = None, **_: Any) -> Seen:
             self.turns += 1

@@ -155,6 +155,8 @@ SHUFFLED = "keep an episode's rows contiguous|Keep turns 0, 1, 2"
 
 # name: (keyword arguments of `build`, error, pattern of the message)
 BROKEN_TRAINERS = {
+    "no model": (lambda: {"init": {"model": None}}, TypeError, "`model` must be a name, .* got NoneType"),
+    "no such folder": (lambda: {"init": {"model": "./nowhere"}}, OSError, r"There is no folder \./nowhere"),
     "no data": (lambda: {"init": {"train_dataset": None}}, ValueError, "Nothing to learn from"),
     "plain text": (
         lambda: {"init": {"train_dataset": PLAIN_TEXT}},

@@ -368,6 +368,15 @@ def test_online_runs_are_understood_by_the_script():
     assert all(not set(one) & set(other) for one in spans for other in spans if one.start < other.start)
 
 
+def test_a_run_that_was_done_begins_anew(tmp_path):
+    """Where its JSON file was removed; what an interrupted one left stays."""
+    for methods, stays in (({}, True), ({"vlmq": {}}, False)):
+        common.make_room(tmp_path / "run", {"seed": 0})
+        common.write_json(tmp_path / "run" / "results.json", {"methods": methods})
+        common.make_room(tmp_path / "run", {"seed": 0})
+        assert (tmp_path / "run" / "results.json").is_file() == stays
+
+
 def test_the_online_report(pages):
     online.report()
     assert "Nothing has been measured yet" in (pages / "docs" / "results.md").read_text()

@@ -237,6 +237,13 @@ def test_pictures_that_do_not_decode(make, url, form, problem):
     env.reset(seed=0)  # goes on
 
 
+def test_an_end_without_a_picture_shows_the_last_one(make):
+    env = make()
+    seen, _ = env.reset(seed=4, options={"form": "dark"})
+    last, reward, terminated, _, _ = env.step(str(count(seen["image"])))
+    assert terminated and reward == 1 and np.array_equal(last["image"], seen["image"])
+
+
 def test_large_messages(make, url):
     """440 x 440 x 3 numbers as JSON are 1.2 MB; the plain client of openenv-core 0.2.1 takes 1 MiB."""
     from openenv.core import GenericEnvClient

@@ -404,6 +404,16 @@ def test_an_answer_that_is_no_chat_completion(endpoint, body):
     assert len(endpoint.bodies) == 1
 
 
+def test_no_picture_is_added_to_messages_that_show_theirs(endpoint):
+    shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "go"}]}
+    history = [{"role": "user", "content": "rules"}, {"role": "assistant", "content": "ok"}, shown]
+    picture = np.zeros((4, 4, 3), np.uint8)
+    endpoint.policy().act([Request(None, history, [picture], np.random.default_rng(0))])
+    first, second, last = endpoint.bodies[-1]["messages"]
+    assert (first["content"], second["content"]) == ("rules", "ok")
+    assert [part["type"] for part in last["content"]] == ["image_url", "text"]
+
+
 def test_an_error_that_comes_as_an_answer_is_tried_again(endpoint):
     policy = endpoint.policy(retries=1)
     overloaded = (200, {}, '{"error": {"message": "overloaded"}}')

@@ -309,7 +309,10 @@ def test_more_pictures_than_an_arrow_batch_holds(tmp_path, monkeypatch):
     for one, back in zip(many, episodes_from_dataset(built), strict=True):
         assert_equal_episodes(one, back)
     write = episodes.ArrowWriter.write
-    left = iter(range(7))
+    size = len(built.with_format("arrow")[0]["images"][0].as_py()[0]["bytes"])
+    monkeypatch.setattr(episodes, "BYTES_AT_ONCE", 8 * size)  # a whole episode waits when the next one has to be cut
+    many = [*many[:1], make_episode("long", [0.0] * 20)]
+    left = iter(range(22))
 
     def full(self, row):
         if next(left, None) is None:

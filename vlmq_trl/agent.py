@@ -289,14 +289,11 @@ class VLMAgent:
     def _task(self, given: str | None) -> str:
         if given is not None:
             return given
-        task = "" if self.env is None else self._of_env()[1]
+        if self.env is None:
+            raise ValueError("What is it to do? Give `task`: the agent's card names no environment.")
+        task = self._of_env()[1]
         if not task:
-            why = (
-                "the agent's card names no environment"
-                if self.env is None
-                else "its environment has none before an episode begins"
-            )
-            raise ValueError(f"What is it to do? Give `task`: {why}.")
+            raise ValueError("What is it to do? Give `task`: its environment has none before an episode begins.")
         return task
 
     def _of_env(self) -> tuple[AgentFormat, str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A turn as text and tokens, alike in play and in training: the chat template, its endings, the families' processors.
 
-Contents: `check_chat_template`, `as_messages`, `chat_text`, `turn_ending`, `stop_token_ids`, `text_tokens`,
-`completion_tokens`, `pictures`, `turn_processor`.
+Contents: `check_chat_template`, `as_messages`, `with_pictures`, `chat_text`, `turn_ending`, `stop_token_ids`,
+`text_tokens`, `completion_tokens`, `pictures`, `turn_processor`.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from transformers import BatchFeature, PaliGemmaProcessor, PreTrainedTokenizerBa
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .trajectory import flatten_content
+from .trajectory.episodes import has_image_parts
 
 
 def check_chat_template(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
@@ -40,17 +41,7 @@ def as_messages(
     In a text that holds a processor's own mark of a picture, written by an environment or an agent, a space breaks the
     mark ("< image>"): the processor would look for a picture there.
     """
-    messages = list(messages)
-    if any(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]):
-        # Where no place was given to the pictures, TRL puts them before the first text that is a string.
-        messages = [
-            {
-                **m,
-                "content": [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"],
-            }
-            for m in messages
-        ]
-    prepared = prepare_multimodal_messages(messages, images=list(images))
+    prepared = with_pictures(messages, images)
     if not isinstance(processing_class, ProcessorMixin):
         return flatten_content(prepared)
     return [
@@ -63,6 +54,15 @@ def as_messages(
         }
         for message in prepared
     ]
+
+
+def with_pictures(messages: Iterable[dict[str, Any]], images: Iterable[Any]) -> list[dict[str, Any]]:
+    """TRL's `prepare_multimodal_messages`, but that it adds no pictures to messages that say where theirs stand."""
+    messages = list(messages)
+    if has_image_parts(messages):
+        contents = [[{"type": "text", "text": c}] if isinstance(c := m["content"], str) else c for m in messages]
+        messages = [{**m, "content": content} for m, content in zip(messages, contents, strict=True)]
+    return prepare_multimodal_messages(messages, images=list(images))
 
 
 def _without_marks(text: str, processor: ProcessorMixin) -> str:

@@ -30,9 +30,8 @@ from warnings import warn
 import numpy as np
 import PIL.Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
-from .chat import completion_tokens
+from .chat import completion_tokens, with_pictures
 from .rollout import Request, Response
 
 logger = logging.getLogger(__name__)
@@ -269,7 +268,7 @@ class ChatPolicy:
     def _messages(self, request: Request) -> list[dict[str, Any]]:
         """The prompt with its images as data URLs; a message of one text is a string, which every server takes."""
         messages = []
-        for message in prepare_multimodal_messages(request.prompt, images=list(request.images)):
+        for message in with_pictures(request.prompt, request.images):
             parts: Any = [
                 {"type": "image_url", "image_url": {"url": self._data_url(part["image"])}}
                 if part["type"] == "image"

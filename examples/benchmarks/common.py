@@ -68,8 +68,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def make_room(output: Path, arguments: dict[str, Any]) -> None:
-    """Readies a run's folder: what an interrupted run with these arguments left there stays, so that it goes on."""
-    if read_json(output / "arguments.json") not in (None, arguments):
+    """Readies a run's folder: what an interrupted run with these arguments left there stays, so that it goes on; one
+    that was done, whose JSON file was removed, begins anew."""
+    done = (read_json(output / "results.json") or {}).get("methods")
+    if done or read_json(output / "arguments.json") not in (None, arguments):
         shutil.rmtree(output)
     write_json(output / "arguments.json", arguments)
 

@@ -193,7 +193,10 @@ class OpenEnvAdapter(TextActionEnv):
                 self._refused = True  # and its state is what it was
                 return -self.invalid_penalty, self.on_invalid == "terminate", False
             raise self._lost("step", error, native) from error
+        before = self._decoded
         self._see(result)
+        if result.done and before is not None and _part(self._seen, self._picture_of) is None:
+            self._decoded = before  # of an end that shows nothing, the last picture there was
         truncated = bool(self._truncated_of(result.observation))
         reward = 0.0 if result.reward is None else checked_reward(result.reward)
         return reward, bool(result.done) and not truncated, truncated

@@ -158,13 +158,16 @@ def flatten_content(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return flat
 
 
+def has_image_parts(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the messages say where their pictures stand."""
+    contents = (message["content"] for message in messages)
+    return any(part["type"] == "image" for content in contents if not isinstance(content, str) for part in content)
+
+
 def _structured(messages: Sequence[Mapping[str, Any]], num_images: int) -> list[Message]:
     """Messages whose contents are lists of {"type", "text"} parts; images precede the first string user message,
     as in `trl.data_utils.prepare_multimodal_messages`, unless there are image parts."""
-    shown = any(
-        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
-    )
-    result, placed = [], shown
+    result, placed = [], has_image_parts(messages)
     for message in messages:
         content = message["content"]
         if isinstance(content, str):
@@ -493,11 +496,15 @@ def _write(
             seen.add(name)
             encoded = list(_episode_rows(episode, rows, with_images, png))
             with _interrupts_wait():
+                if weight and weight + sum(map(_picture_bytes, encoded)) > BYTES_AT_ONCE:
+                    torn = True
+                    waiting, weight, whole = 0, 0, _flush(writer)
+                    torn = False
                 for row in encoded:
                     writer.write(row)
                     rows, waiting, weight = rows + 1, waiting + 1, weight + _picture_bytes(row)
-                    if weight >= BYTES_AT_ONCE:
-                        torn = True  # until the episode's end
+                    if weight >= BYTES_AT_ONCE:  # of this episode alone
+                        torn = True  # until its end
                         weight = 0
                         _flush(writer)
                 if torn or waiting >= ROWS_AT_ONCE:
