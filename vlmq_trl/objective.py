@@ -76,7 +76,7 @@ def critic_losses(
     if args.critic_scope == "action":
         # What stands before the action is passed over: no state in it has a value, and nothing bootstraps there.
         learned = turns["action_mask"] | is_turn_start
-        lambdas = torch.where(turns["action_mask"], lambdas, 1.0)
+        lambdas = torch.where(learned.roll(-1), lambdas, 1.0)
     returns = packed_returns(
         segment,
         rewards=torch.where(is_turn_end, turns["turn_reward"][turn_of_token], 0.0),

@@ -99,7 +99,7 @@ def objective(trainer, data, segments) -> tuple[list[float], list[float], float]
     std = math.sqrt(trainer.model.critic.target_variance)
     returns, advantages, loss = [], [], 0.0
     for segment in segments:
-        last, next_value, next_trace, backwards = data[segment[-1]], 0.0, 1.0, []
+        last, next_value, next_trace, next_is_learned, backwards = data[segment[-1]], 0.0, 1.0, True, []
         if not last["terminated"]:
             prompt = last["final_prompt"] if last["truncated"] else data[segment[-1] + 1]["prompt"]
             # Any completion will do: the state at the end of the prompt does not depend on it.
@@ -107,10 +107,10 @@ def objective(trainer, data, segments) -> tuple[list[float], list[float], float]
         next_return = next_value
         tokens = [token for row in segment for token in response_tokens(trainer, data[row])]
         for token in reversed(tokens):
-            passed_over = args.critic_scope == "action" and not token.is_action
-            decay = 1.0 if passed_over else token.decay * next_trace
+            decay = token.decay * next_trace if next_is_learned else 1.0
             next_return = token.reward + token.discount * ((1 - decay) * next_value + decay * next_return)
             next_value, next_trace = token.target_v * std + mean, token.trace
+            next_is_learned = args.critic_scope == "response" or token.is_action or token.is_first
             backwards.append(next_return)
         for token, token_return in zip(tokens, reversed(backwards), strict=True):
             usual = fmean(v for _, v, _ in token.online) if args.critic_type == "scalar" else token.target_v
