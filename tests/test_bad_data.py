@@ -298,6 +298,14 @@ def test_every_picture_is_checked_and_not_a_sample_only():
         validate_trajectories(ds, "sample")  # row 102 is not in it
 
 
+def test_a_transform_is_refused():
+    """Training reads the rows as they are: it would not be applied."""
+    changed = datasets.Dataset.from_list(good_rows(), features=FEATURES).with_transform(lambda batch: batch)
+    with pytest.raises(TrajectoryError, match=r"the dataset has a transform .* Change the rows with `map`"):
+        validate_trajectories(changed)
+    validate_trajectories(changed.with_format(None))
+
+
 def test_checking_pictures_can_be_left_out():
     rows = good_rows()
     rows[1]["images"] = [BROKEN_PNG]

@@ -864,6 +864,17 @@ def test_critic_weights_alone(saved):
             call()
 
 
+def test_a_folder_in_a_repository(saved):
+    """The weights would be those of the folder, the critic that of the root."""
+    with pytest.raises(ValueError, match=r"`subfolder='checkpoint-1'`: model and critic are opened from a folder"):
+        ValueHeadModel.from_pretrained(saved, subfolder="checkpoint-1")
+
+
+def test_what_is_no_model_gets_no_critic(saved):
+    with pytest.raises(TypeError, match="A critic goes on a model of transformers or PEFT, got LlamaConfig"):
+        ValueHeadModel(tf.AutoConfig.from_pretrained(saved))  # as `trl.BEMACallback` does
+
+
 def test_names_of_no_model(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, error, words in (

@@ -4,6 +4,7 @@
 import json
 import math
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import collect_demonstrations, objective, vlmq_trainer
+from vlmq_trl import callbacks, collect_demonstrations, objective, vlmq_trainer
 from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.critic import Critic
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
@@ -317,7 +318,33 @@ def test_text_only_learns_to_answer(tmp_path):
     assert trainer.evaluate()["eval_valid_rate"] == 1.0
 
 
+def test_the_training_data_may_be_exchanged(tmp_path):
+    data = text_number_line()
+    trainer = make_trainer(tmp_path, name="llama", dataset=data)
+    other = text_number_line(episodes=5, seed=1).map(lambda row: {"reward": 42.0})
+    trainer.train_dataset = other
+    rewards = torch.cat([batch["turn_reward"] for batch in trainer.get_train_dataloader()])
+    assert rewards.tolist() == [42.0] * len(other)
+
+
+def test_a_finished_run_goes_on_where_the_data_has_grown(tmp_path):
+    run = {"name": "llama", "num_train_epochs": 1, "save_strategy": "epoch"}
+    first = make_trainer(tmp_path, dataset=text_number_line(episodes=4), **run)
+    first.train()
+    more = make_trainer(tmp_path, dataset=text_number_line(episodes=12), **run)
+    more.train(resume_from_checkpoint=True)
+    batches = len(more.get_train_dataloader())
+    assert more.state.global_step == batches > first.state.global_step
+
+
 # ---- evaluation ----
+
+
+def test_metrics_of_logits_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, name="llama", dataset=text_number_line())
+    trainer.compute_metrics = lambda prediction: {}
+    with pytest.raises(ValueError, match="`compute_metrics` gets the logits of whole sequences"):
+        trainer.evaluate(text_number_line())
 
 
 def test_evaluate_plays(tmp_path):
@@ -458,6 +485,45 @@ def test_best_checkpoint_is_kept_by_success(save_strategy, peft_config, tmp_path
     assert not torch.equal(now["critic.online.q.weight"], seen[2]["critic.online.q.weight"])
 
 
+def test_a_best_checkpoint_that_moved_or_is_gone(tmp_path):
+    """The run ends, or is known to have ended, all the same."""
+    steps = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 0.1,
+    }
+    run = {"name": "llama", "dataset": text_number_line(), "max_steps": 2, "load_best_model_at_end": True, **steps}
+    run |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the last is the best
+    init = {"eval_dataset": text_number_line()}
+    first = make_trainer(tmp_path / "first", init=init, **run)
+    first.train()
+    best = Path(first.state.best_model_checkpoint).name
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = make_trainer(tmp_path / "moved", init=init, **run)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "moved" / best)
+    now, then = weights_of(again), weights_of(first)
+    assert all(torch.equal(now[key], then[key]) for key in then)
+    last = str(tmp_path / "moved" / "checkpoint-2")
+    again.state.best_model_checkpoint = str(tmp_path / "moved" / "checkpoint-9")
+    with pytest.warns(UserWarning, match=r"The best checkpoint, .*checkpoint-9, is gone"):
+        again._load_best_model()
+    assert Path(last).is_dir()
+
+
+def test_arguments_that_json_cannot_hold(tmp_path):
+    context = {"use_reentrant": False, "context_fn": torch.utils.checkpoint.noop_context_fn}
+    saving = {"save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": True}
+    run = {"name": "llama", "dataset": text_number_line(), "gradient_checkpointing_kwargs": context, **saving}
+    make_trainer(tmp_path, max_steps=1, **run).train()
+    assert "noop_context_fn" in (tmp_path / "checkpoint-1" / "vlmq_config.json").read_text()
+    longer = make_trainer(tmp_path, max_steps=2, **run)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 2
+
+
 def same_critic(one, other):
     one, other = one.critic.state_dict(), other.critic.state_dict()
     assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
@@ -558,6 +624,54 @@ def test_a_users_optimizer_learns_the_critic_too(tmp_path):
     assert trainer.optimizer.optimizer is optimizer
     assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-3, 0.02]
     assert all(not torch.equal(v, before[k]) for k, v in weights_of(trainer).items() if "critic.online" in k)
+
+
+def test_an_optimizer_that_is_set_later_learns_the_critic_too(tmp_path):
+    trainer = make_trainer(tmp_path, name="llama", dataset=text_number_line(), max_steps=2, critic_learning_rate=0.02)
+    trainer.optimizer = torch.optim.AdamW(trainer.model.pretrained_model.parameters(), lr=1e-3)
+    before = weights_of(trainer)
+    trainer.train()
+    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [1e-3, 0.02]
+    assert all(not torch.equal(v, before[k]) for k, v in weights_of(trainer).items() if "critic.online" in k)
+    trainer.train()  # with the optimiser that it has
+    assert len(trainer.optimizer.param_groups) == 2
+
+
+class TwoSetsOfWeights(torch.optim.SGD):
+    """As `schedule_free_adamw`, it must be told whether the model is trained or evaluated."""
+
+    evaluates = False
+
+    def train(self):
+        self.evaluates = False
+
+    def eval(self):
+        self.evaluates = True
+
+
+def test_play_is_with_the_weights_that_the_optimizer_evaluates(tmp_path, monkeypatch):
+    model, processor = tiny_models.build("llama")
+    optimizer, seen = TwoSetsOfWeights(model.parameters(), lr=1e-3), []
+    evaluate_model = vlmq_trainer.evaluate_model
+
+    def watched(*args, **kwargs):
+        seen.append(optimizer.evaluates)
+        return evaluate_model(*args, **kwargs)
+
+    monkeypatch.setattr(vlmq_trainer, "evaluate_model", watched)
+    monkeypatch.setattr(callbacks, "evaluate_model", watched)
+    played = callbacks.EnvEvaluationCallback(TextNumberLine, episodes=1, max_completion_length=2)
+    trainer = VLMQTrainer(
+        model,
+        config(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, eval_episodes=1, max_completion_length=2),
+        text_number_line(),
+        eval_env=TextNumberLine,
+        processing_class=processor,
+        callbacks=[played],
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert len(seen) > 3 and all(seen)
 
 
 def test_a_users_optimizer_and_scheduler(tmp_path):

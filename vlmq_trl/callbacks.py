@@ -213,6 +213,7 @@ class EnvEvaluationCallback(TrainerCallback):
     def _evaluate(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
         start = time.perf_counter()
         model = kwargs["model"]
+        take_evaluation_weights(kwargs.get("optimizer"))
         played: Any = evaluate_model(model, kwargs["processing_class"], self.env, **self.play)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
         record = {
@@ -250,6 +251,13 @@ class EnvEvaluationCallback(TrainerCallback):
                     self._best_weights[name].copy_(value)
                 elif kept_here(name):
                     self._best_weights[name] = value.to("cpu", copy=True)
+
+
+def take_evaluation_weights(optimizer: Any) -> None:
+    """Of an optimiser that trains other weights than it evaluates (`optim="schedule_free_adamw"`), before a model
+    plays; `Trainer` does so before it computes a loss, and goes back at the next training step."""
+    if callable(getattr(optimizer, "eval", None)):
+        optimizer.eval()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

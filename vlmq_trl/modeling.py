@@ -187,6 +187,11 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
 
     def __init__(self, pretrained_model: nn.Module, critic_config: CriticConfig | None = None):
         super().__init__()
+        if not isinstance(pretrained_model, nn.Module):
+            raise TypeError(
+                f"A critic goes on a model of transformers or PEFT, got {type(pretrained_model).__name__}. (TRL's "
+                "`BEMACallback` makes a model of the configuration: it does not know one with a critic.)"
+            )
         base = _base_model(pretrained_model)
         head = base.get_output_embeddings()
         if head is None or base.base_model is base:
@@ -650,7 +655,16 @@ def require_adapter_weights(name: str | os.PathLike, **hub_kwargs: Any) -> None:
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments of `from_pretrained`, those that say where files come from."""
+    """Of the arguments of `from_pretrained`, those that say where files come from.
+
+    Raises:
+        ValueError: a `subfolder`, since an adapter's base model and a critic are looked for beside.
+    """
+    if kwargs.get("subfolder"):
+        raise ValueError(
+            f"`subfolder={kwargs['subfolder']!r}`: model and critic are opened from a folder or a repository's root. "
+            "Download the repository (`huggingface_hub.snapshot_download`) and give the folder in it."
+        )
     return {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
 
 

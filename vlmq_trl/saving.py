@@ -62,8 +62,8 @@ class SavingTrainer(SFTTrainer):
             return
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         self.processing_class.save_pretrained(output_dir)
-        # `to_json_string` hides the tokens.
-        (Path(output_dir) / CONFIG_NAME).write_text(self.args.to_json_string())
+        # `to_dict` hides the tokens; what JSON cannot hold (a function, a device) is for reading only.
+        (Path(output_dir) / CONFIG_NAME).write_text(json.dumps(self.args.to_dict(), indent=2, default=str))
         (Path(output_dir) / CARD_NAME).write_text(json.dumps(self._agent_card, indent=2) + "\n")
 
     @functools.cached_property
@@ -217,10 +217,21 @@ class SavingTrainer(SFTTrainer):
         load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not best.is_dir():  # the output's folder was moved?
+            best = Path(self.args.output_dir) / best.name
+        if not best.is_dir():
+            warnings.warn(
+                f"The best checkpoint, {self.state.best_model_checkpoint}, is gone: the weights stay those of the "
+                "last step.",
+                stacklevel=2,
+            )
+            return
+        self.state.best_model_checkpoint = str(best)
         if self.is_deepspeed_enabled:  # as it resumes
             super()._load_best_model()
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(str(best))
 
     def _save_before_stopping(self, aside: bool = False) -> Path | None:
         """A checkpoint of what was learned so far; an error is coming that matters more than one in saving.

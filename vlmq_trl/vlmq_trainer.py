@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -44,7 +45,7 @@ from trl.trainer.utils import get_config_model_id
 
 from . import losses
 from .agent_format import AgentFormat, check_format, warn_of_another_format
-from .callbacks import EnvEvaluationCallback
+from .callbacks import EnvEvaluationCallback, take_evaluation_weights
 from .chat import check_chat_template
 from .checkpoints import newest_checkpoint
 from .collator import SegmentDataset, SegmentSampler, VLMQDataCollator
@@ -172,10 +173,12 @@ class VLMQTrainer(SavingTrainer):
         self._resumed_from: str | None = None
         self._split = ""  # of several evaluation datasets, the one whose loss is computed now
         eval_env = env if eval_env is None else eval_env
-        self._index = None if train_dataset is None else validate_trajectories(train_dataset)
-        first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
         # By the dataset's id; the dataset is kept beside its index, so that no other can take its id.
-        self._eval_indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
+        self._indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
+        self._has_data = train_dataset is not None
+        if train_dataset is not None:
+            self._index_of(train_dataset)
+        first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
         if eval_dataset is not None:
             for split in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
                 self._index_of(split)
@@ -415,10 +418,15 @@ class VLMQTrainer(SavingTrainer):
         )
 
     def _index_of(self, dataset: Dataset) -> EpisodeIndex:
-        """The index of an evaluation dataset, validated when it is first seen."""
-        if id(dataset) not in self._eval_indices:
-            self._eval_indices[id(dataset)] = (dataset, validate_trajectories(dataset))
-        return self._eval_indices[id(dataset)][1]
+        """The index of a dataset, validated when it is first seen."""
+        if id(dataset) not in self._indices:
+            self._indices[id(dataset)] = (dataset, validate_trajectories(dataset))
+        return self._indices[id(dataset)][1]
+
+    @property
+    def _index(self) -> EpisodeIndex | None:
+        """Of the training dataset, which may have been exchanged; None: all data is collected."""
+        return self._index_of(self.train_dataset) if self._has_data else None
 
     def _segments(self, dataset: Dataset, index: EpisodeIndex) -> SegmentDataset:
         return SegmentDataset(dataset, index, self.args.gamma, self._with_critic, self.args.bootstrap_truncated)
@@ -514,8 +522,13 @@ class VLMQTrainer(SavingTrainer):
         if not path.is_file():
             return False
         state, args = TrainerState.load_from_json(str(path)), self.args
-        more_epochs = args.max_steps <= 0 and args.num_train_epochs > (state.epoch or 0.0) + 1e-6
-        if state.global_step < (args.max_steps if args.max_steps > 0 else state.max_steps) or more_epochs:
+        # By epochs, the data may have grown since.
+        wanted = (
+            args.max_steps
+            if args.max_steps > 0
+            else self.set_initial_training_values(args, self.get_train_dataloader())[-1]
+        )
+        if state.global_step < wanted:
             return False
         self.state = state
         self._load_from_checkpoint(checkpoint)
@@ -644,6 +657,8 @@ class VLMQTrainer(SavingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`SFTTrainer`'s optimiser, with the critic's heads at `critic_learning_rate` if that is set."""
         existing = self.optimizer
+        if existing is not None and not isinstance(existing, AcceleratedOptimizer) and self._with_critic:
+            self._add_heads_to(existing, self.lr_scheduler)  # one that was set after the trainer was made
         optimizer = super().create_optimizer(model)
         rate = self.args.critic_learning_rate
         if existing is None and rate is not None:
@@ -677,6 +692,11 @@ class VLMQTrainer(SavingTrainer):
             `mean_return`, `mean_turns`, `valid_rate`, `episodes`, ...; the `temperature` and `seed` they were played
             with; and what `SFTTrainer.evaluate` returns.
         """
+        if self.compute_metrics is not None:
+            raise ValueError(
+                "`compute_metrics` gets the logits of whole sequences, which VLMQ never makes. Leave it out: losses "
+                "and success are computed, and a callback's `on_evaluate` gets them."
+            )
         metrics: dict[str, float] = {}
         splits = self.eval_dataset if eval_dataset is None else eval_dataset
         named = splits.items() if isinstance(splits, dict) else [("", splits)] if splits is not None else []
@@ -697,6 +717,7 @@ class VLMQTrainer(SavingTrainer):
         start = time.perf_counter()
         temperature = self.args.eval_temperature if temperature is None else temperature
         seed = self.args.eval_seed if seed is None else seed
+        take_evaluation_weights(self.optimizer)
         try:
             with nullcontext() if self._online is None else self._online.paused():
                 played = evaluate_model(

@@ -388,6 +388,11 @@ def validate_trajectories(
             f"validation needs random access, got {type(ds).__name__}; pass a datasets.Dataset (one split), which may "
             "be larger than memory."
         )
+    if ds.format["type"] == "custom":
+        raise TrajectoryError(
+            "the dataset has a transform (`set_transform`, `with_transform`), which training would not apply. Change "
+            "the rows with `map`, or take it away (`ds.reset_format()`)."
+        )
     missing = [column for column in REQUIRED_COLUMNS if column not in ds.column_names]
     if missing:
         raise TrajectoryError(
