@@ -80,7 +80,7 @@ from vlmq_trl import (
 from vlmq_trl.agent_format import default_format, warn_of_another_format
 from vlmq_trl.checkpoints import newest_checkpoint
 from vlmq_trl.env_pool import EnvSpec, close_env, make_env, registered
-from vlmq_trl.envs import DOMAINS
+from vlmq_trl.envs import DOMAINS, TextActionEnv
 from vlmq_trl.modeling import existing, has_critic, hub_arguments, load_pretrained, load_processor
 from vlmq_trl.show import env_option
 from vlmq_trl.trajectory.files import trajectory_files
@@ -379,11 +379,28 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
             "`off_policy_trace` 'retrace' needs the behaviour's log-probabilities, which scripted players do not "
             "have. Choose 'tree_backup', or give a `dataset_path` with `behavior_logprobs`."
         )
-    if model_config.model_name_or_path is not None:
+    if model_config.model_name_or_path is None:
+        if not can_be_read(script):
+            raise ValueError(
+                f"{script.env_id} has no reading lessons, by which the embedded model is made (a `TextActionEnv` with "
+                "`reading_fields` and a script has): name a `model_name_or_path`."
+            )
+    else:
         try:
             existing(model_config.model_name_or_path)
         except (OSError, TypeError) as error:
             raise ValueError(f"`model_name_or_path`: {error}") from error
+
+
+def can_be_read(script: AgentArguments) -> bool:
+    """Whether there are lessons that teach a model to read this environment."""
+    if any(script.registered_id in domain.envs for domain in DOMAINS):
+        return True
+    made: Any = make_env(script.env)
+    try:
+        return isinstance(made.unwrapped, TextActionEnv) and bool(made.unwrapped.reading_fields)
+    finally:
+        close_env(made)
 
 
 def check_data(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConfig) -> None:

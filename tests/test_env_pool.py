@@ -2,6 +2,7 @@
 """Environments that misbehave, and their processes: every failure has its kind, and nothing is left behind."""
 
 import ast
+import contextlib
 import functools
 import inspect
 import multiprocessing
@@ -134,6 +135,75 @@ def test_observations_for_a_format_of_the_users_own():
     pool = EnvPool(Board, num_envs=1)
     assert [answer.observation for answer in play(pool, 7)] == [{"board": 1}] * 4
     pool.close()
+
+
+class SameBuffers(gymnasium.Env):
+    """Writes what it shows, and what a right reading says, into the same objects again and again."""
+
+    def __init__(self):
+        self.turns, self.seen, self.state = 0, {"text": "", "depth": np.zeros(1)}, {"turn": ""}
+
+    def state_text(self):
+        return self.state
+
+    def reset(self, *, seed=None, options=None):
+        self.turns = -1
+        return self.step("")[0], {}
+
+    def step(self, action):
+        self.turns += 1
+        self.seen["text"] = self.state["turn"] = str(self.turns)
+        self.seen["depth"][:] = self.turns
+        return self.seen, 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_what_was_seen_stays_as_it_was(workers):
+    with contextlib.closing(EnvPool(SameBuffers, num_envs=1, workers=workers)) as pool:
+        seen = play(pool, 0)
+    assert [(x.observation["text"], x.observation["depth"].tolist(), x.reading) for x in seen] == [
+        (str(k), [k], {"turn": str(k)}) for k in range(4)
+    ]
+
+
+class EndsWithNothing(gymnasium.Env):
+    """Shows nothing at its end, where it cannot say either what could be done."""
+
+    over = False
+
+    @property
+    def legal_actions(self):
+        if self.over:
+            raise RuntimeError("the game is over")
+        return ("go",)
+
+    def reset(self, *, seed=None, options=None):
+        self.over = False
+        return {"text": "go on"}, {}
+
+    def step(self, action):
+        self.over = True
+        return {}, 1.0, True, False, {}
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_an_end_may_show_nothing(workers):
+    with contextlib.closing(EnvPool(EndsWithNothing, num_envs=1, workers=workers)) as pool:
+        first, last = play(pool, 0, ("go",))
+    assert first.legal_actions == ("go",) and last.terminated and last.reward == 1.0
+
+
+def test_one_of_several_that_cannot_be_made_at_first():
+    made = []
+
+    def factory():
+        made.append(1)
+        return Misbehaving("make" if len(made) == 2 else "")
+
+    with contextlib.closing(EnvPool(factory, num_envs=3)) as pool:
+        assert len(made) == 3
+        pool.reset(1, 7)
+        assert pool.receive()[1].observation["text"] == "seed 7"
 
 
 def test_an_environment_that_cannot_be_closed(caplog):

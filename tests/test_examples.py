@@ -411,6 +411,18 @@ def test_a_module_that_registers_an_environment_is_imported(tmp_path, monkeypatc
     assert [recipe.games for recipe in recipes] == [("Own-v0",)]
 
 
+def test_an_environment_without_reading_lessons_needs_a_model(capsys):
+    gymnasium.register("Silent-v0", entry_point=Misbehaving)
+    try:
+        argv = ["--env_id", "Silent-v0", "--online", "true", "--episodes", "0", "--method", "vlmq"]
+        with pytest.raises(SystemExit):
+            train_agent.parse(argv)
+        assert "Silent-v0 has no reading lessons" in " ".join(capsys.readouterr().err.split())
+        train_agent.parse([*argv, "--model_name_or_path", "someone/model"])
+    finally:
+        gymnasium.registry.pop("Silent-v0", None)
+
+
 def test_the_embedded_model_is_taught_what_the_options_show(monkeypatch):
     recipes = []
     monkeypatch.setattr(train_agent, "load_embedded_model", recipes.append)

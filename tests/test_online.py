@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -574,6 +575,22 @@ def test_what_is_known_to_be_worse_is_left(tmp_path):
         legal[:2],
     ]
 
+    # Each state has actions of its own: of B both were tried; of D one never was, that C has not.
+    own = VisitedStates(fmt, 1.0, seed=0)
+
+    def asked(room, *actions):
+        return tuple(own(replace(request(), legal_actions=actions), said(room)[:-2]))
+
+    for number, action in enumerate(("up", "down")):
+        own.add(played(number, ("A", "left", 0.0), ("B", action, -1.0)))
+    own.add(played(2, ("A", "right", 0.0)))
+    asked("B", "up", "down")
+    assert asked("A", "left", "right") == ("right",)
+    own.add(played(3, ("C", "left", 0.0), ("D", "left", -1.0)))
+    own.add(played(4, ("C", "right", -1.0)))
+    asked("D", "left", "dig")
+    assert asked("C", "left", "right") == ("left",)
+
     offline = dataset_from_episodes([played(0, ("1", "left", 0.0), ("2", "LEFT", 5.0))])
     with ReplayBuffer(tmp_path, with_images=False, capacity=3) as buffer:
         buffer.add_offline(offline, validate_trajectories(offline))
@@ -608,6 +625,38 @@ def test_what_is_known_to_be_worse_is_left(tmp_path):
         tells = [len(few(request(episode=number), said("1")[:-2])) == 1 for number in range(1000)]
         assert 0.25 < np.mean(tells) < 0.35
         assert tells == [len(few(request(episode=number), said("1")[:-2])) == 1 for number in range(1000)]
+
+
+class OwnGoal(TextNumberLine):
+    """Knows its task only once an episode has begun, and can be made so often."""
+
+    left = 0
+
+    def __init__(self):
+        OwnGoal.left -= 1
+        if OwnGoal.left < 0:
+            raise ConnectionError("the simulator is busy")
+        super().__init__()
+        self.goal = None
+
+    @property
+    def task(self):
+        return {0: "Go."}[self.goal]
+
+    def reset(self, *, seed=None, options=None):
+        self.goal = 0
+        return super().reset(seed=seed, options=options)
+
+
+def test_saving_makes_no_environment(tmp_path):
+    OwnGoal.left = 100
+    trainer = make_trainer(
+        tmp_path, env=OwnGoal, save_strategy="steps", save_steps=2, max_steps=2, init={"agent_format": None}
+    )
+    trainer.train()
+    OwnGoal.left = 0
+    trainer.save_model(tmp_path / "agent")
+    assert (tmp_path / "checkpoint-2" / "agent.json").is_file() and (tmp_path / "agent" / "agent.json").is_file()
 
 
 def test_exploration_that_ends(tmp_path):

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE
-from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
+from vlmq_trl.agent_format import JSONCoTFormat, JSONFormat, PlainFormat
 from vlmq_trl.chat import stop_token_ids
 from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
@@ -304,6 +305,30 @@ def test_nothing_but_legal_actions(temperature):
             assert alone == (len(legal) == 1)
     with pytest.raises(ValueError, match="`legal_actions_only` needs `agent_format`"):
         ModelPolicy(model, processor, legal_actions_only=True)
+
+
+@pytest.mark.parametrize(
+    "wanted", ['{"action": "fly"}', '{"action" : "fly"}', "{'action': 'fly'}", '{ "action":"fly"}', '{"action": fly}']
+)
+def test_nothing_but_legal_actions_however_the_key_is_spelt(wanted):
+    """A model that wants to say this, one token after the other."""
+    model, tokenizer = tiny_models.build("llama")
+    fmt, (request,) = JSONFormat(), requests_for(["up"], "llama")
+    wish = [*tokenizer(wanted, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    def generate(input_ids, logits_processor, **kwargs):
+        for k in range(40):
+            scores = torch.zeros(1, len(tokenizer))
+            scores[0, wish[min(k, len(wish) - 1)]] = 9.0
+            token = logits_processor(input_ids, scores).argmax(-1)
+            input_ids = torch.cat([input_ids, token[:, None]], 1)
+            if token.item() == tokenizer.eos_token_id:
+                return input_ids
+
+    says = SimpleNamespace(generate=generate, device=model.device, generation_config=model.generation_config)
+    policy = ModelPolicy(says, tokenizer, legal_actions_only=True, agent_format=fmt)
+    (response,) = policy.act([replace(request, legal_actions=LEGAL)])
+    assert fmt.parse(response.text).action in LEGAL and response.text.startswith(wanted[: wanted.index(":")])
 
 
 @pytest.mark.parametrize("name", tiny_models.VLM_NAMES + tiny_models.TEXT_NAMES)

@@ -2,6 +2,7 @@
 """Rollouts: order and seeds, batching, truncation, history, invalid responses, rounds, misbehaviour, errors."""
 
 import errno
+import functools
 import itertools
 import json
 import multiprocessing
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from datasets.arrow_writer import ArrowWriter
 from gymnasium import spaces
+from PIL import Image
 
 from examples.benchmarks import rollout as rollout_benchmark
 from tests.misbehaving_envs import Misbehaving
-from vlmq_trl.agent_format import JSONCoTFormat, JSONFormat, PlainFormat
+from vlmq_trl.agent_format import CallableFormat, JSONCoTFormat, JSONFormat, PlainFormat
 from vlmq_trl.env_pool import EnvFailureError
 from vlmq_trl.envs import Decision, make_demonstrator
 from vlmq_trl.metrics import wilson_interval
@@ -30,6 +32,7 @@ from vlmq_trl.rollout import (
     Request,
     Response,
     Rollouts,
+    _env_name,
     collect_demonstrations,
     episode_metrics,
     make_env,
@@ -649,6 +652,75 @@ def test_playing_in_order_passes_over_the_dropped(seeds):
     first = next(played)
     assert len(policy.batches) < 6  # it waits for none of them
     assert [first.seed, *(e.seed for e in played)] == [seed for seed in range(10) if seed not in seeds]
+
+
+def test_playing_in_order_goes_on_where_nothing_is_left_to_wait_for():
+    """The long first episode fails, and so does the only one that is begun after it."""
+
+    class Unlucky(Misbehaving):
+        def __init__(self):
+            super().__init__("raise", (0, 2 * AHEAD + 1))
+
+        def step(self, action):
+            if self.seed:
+                return {"text": "x"}, 1.0, True, False, {}
+            self.turn, self.left = 0, getattr(self, "left", 5 * AHEAD) - 1
+            if self.left:
+                return {"text": "x"}, 0.0, False, False, {}
+            return super().step(action)
+
+        def reset(self, *, seed=None, options=None):
+            self.turn = -1
+            return super().reset(seed=seed)
+
+    played = list(play_episodes(Unlucky, Scripted(("go",)), episodes=200, num_envs=2, max_env_failures=9))
+    assert [e.seed for e in played] == [n for n in range(200) if n not in (0, 2 * AHEAD + 1)]
+
+
+class SaysNothingOnce(Misbehaving):
+    """Of episode 1 the second observation is of no use to the agent."""
+
+    task = "Say go."
+
+    def __init__(self, nothing):
+        super().__init__(images=False)
+        self.nothing = nothing
+
+    def answer(self):
+        observation, reward = super().answer()
+        return (self.nothing if (self.seed, self.turns) == (1, 1) else observation), reward
+
+
+def test_an_observation_that_cannot_be_shown():
+    """It costs its episode alone, or ends the play after what had ended; with a task text before, "" can be shown."""
+    history, env = PlainFormat(history=1), functools.partial(SaysNothingOnce, {"text": ""})
+    played = list(play_episodes(env, Scripted(("go",)), episodes=3, num_envs=3, agent_format=history))
+    assert [e.seed for e in played] == [0, 1, 2]
+    assert played[1].turns[1].prompt[-1]["content"] == [{"type": "text", "text": ""}]
+
+    env = functools.partial(SaysNothingOnce, {"text": None, "depth": 1})
+    played = play_episodes(env, Scripted(("go",)), episodes=3, num_envs=3, max_env_failures=1)
+    assert [e.seed for e in played] == [0, 2]
+    ended = []
+    with pytest.raises(ValueError, match="The observation has neither 'image' nor 'text'"):
+        for e in play_episodes(env, Scripted(("go",)), episodes=3, num_envs=1):
+            ended.append(e.seed)
+    assert ended == [0]
+
+
+def test_pictures_of_the_users_own_prompts_may_be_pil():
+    def prompt(task, observation, history):
+        picture = Image.fromarray(observation["image"]).resize((8, 8)).convert("L")
+        return [{"role": "user", "content": [{"type": "image"}]}], [picture]
+
+    fmt = CallableFormat(prompt_fn=prompt)
+    (episode,) = play_episodes(Misbehaving, Scripted(("go",)), episodes=1, agent_format=fmt)
+    assert all(image.shape == (8, 8, 3) and image.dtype == np.uint8 for turn in episode.turns for image in turn.images)
+
+
+def test_names_of_environments():
+    assert _env_name(functools.partial(gymnasium.make, "Own-v0", level=2)) == "Own-v0"
+    assert _env_name(functools.partial(Misbehaving, "raise")) == _env_name(Misbehaving) == "Misbehaving"
 
 
 def test_a_failed_reset_is_followed_by_another():

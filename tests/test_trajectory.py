@@ -553,3 +553,12 @@ def test_stock_sft_trains_on_text(tmp_path):
     trainer = train(model, tokenizer, ds, tmp_path)
     row = trainer.train_dataset[0]
     assert tokenizer.decode(row["input_ids"]).endswith("turn 0<|im_end|>\n<|im_start|>assistant\nanswer 0<|im_end|>")
+
+
+def test_pictures_that_may_come_again_do_not_fill_the_memory():
+    png, rng = episodes._PngCache(max_bytes=3000), np.random.default_rng(0)
+    pictures = [rng.integers(256, size=(16, 16, 3), dtype=np.uint8) for _ in range(9)]  # 800 bytes each
+    encoded = [png(picture, row=0, column="images") for picture in pictures]
+    assert png(pictures[-1], row=0, column="images") is encoded[-1]
+    assert png(pictures[0], row=0, column="images") is not encoded[0]
+    assert png.bytes == sum(len(kept["bytes"]) for kept in png.store.values()) <= 3000

@@ -393,8 +393,6 @@ def agent_card(
     """What `agent.json` says, so that an agent opens with no argument: `env_id` (None for a user's own factory),
     `env_kwargs` (of `functools.partial(gymnasium.make, env_id, ...)`), `agent_format` (`CUSTOM_FORMAT` for a user's
     own functions, None where none is known), `max_completion_length`, `legal_actions_only`."""
-    if agent_format is None and env is not None:
-        agent_format, _ = _defaults_of(env)
     env_id, env_kwargs = env, {}
     if isinstance(env, partial) and env.func is gymnasium.make and len(env.args) == 1 and _is_json(env.keywords):
         env_id, env_kwargs = env.args[0], env.keywords

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 Message = dict[str, Any]
 
@@ -63,8 +64,13 @@ def _accept(action: str) -> ParsedAction:
     return ParsedAction(action, True)
 
 
-def _observation_parts(observation: Mapping[str, Any], text: str = "") -> tuple[list[Message], list[np.ndarray]]:
+def _observation_parts(
+    observation: Mapping[str, Any], text: str = "", may_be_empty: bool = False
+) -> tuple[list[Message], list[np.ndarray]]:
     """Content parts of one user message, image first, then `text` and the observation's own text in one part.
+
+    Args:
+        may_be_empty: something was told before, the task for instance.
 
     Raises:
         TypeError: the observation is not a mapping, its image is not a uint8 array [H, W, 3], or its text is no text.
@@ -95,7 +101,7 @@ def _observation_parts(observation: Mapping[str, Any], text: str = "") -> tuple[
         images.append(array)
         parts.append({"type": "image"})
     lines = [line for line in (text, said) if line]
-    if lines:
+    if lines or (may_be_empty and not parts):
         parts.append({"type": "text", "text": "\n".join(lines)})
     if not parts:
         raise ValueError("Nothing to show the agent: the observation's text is empty, and there is no task text.")
@@ -144,13 +150,14 @@ class AgentFormat:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
         past = list(history)[-self.history :] if self.history else []
         header = "\n".join(line for line in (task, self.instruction()) if line)
+        told = bool(header)
         for exchange in past:
-            parts, shown = _observation_parts(exchange.observation, header)
+            parts, shown = _observation_parts(exchange.observation, header, told)
             messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": exchange.response}]})
             images.extend(shown)
             header = ""
-        parts, shown = _observation_parts(observation, header)
+        parts, shown = _observation_parts(observation, header, told)
         messages.append({"role": "user", "content": parts})
         images.extend(shown)
         return messages, images
@@ -171,6 +178,11 @@ class AgentFormat:
         """Whether a response that has come so far has come to its action: where `action_temperature` and
         `legal_actions_only` begin, and the scope "action" of filter and critic."""
         return True
+
+    def rest_of(self, response: str, action: str) -> str | None:
+        """What may follow a response that has come to its action, for it to take `action`; None: nothing is known."""
+        whole = self.replace_action(response, action)
+        return whole[len(response) :] if whole.startswith(response) else None
 
     def replace_action(self, response: str, action: str) -> str:
         """A response that takes `action`, and keeps of `response` what stands before its action where the format has
@@ -288,6 +300,21 @@ def replace_json_action(response: str, action: str) -> str:
     return replaced if parse_json_action(replaced) == _accept(action) else "{" + written
 
 
+def rest_of_json_action(response: str, action: str) -> str | None:
+    """What may follow a JSON answer that has come to its action, however it has spelt its key and begun the value.
+
+    >>> rest_of_json_action('{"action" : "', "up")
+    'up"}'
+    """
+    keys = list(_ACTION_KEY.finditer(response))
+    begun = response[keys[-1].end() :] if keys else ""
+    for written in (json.dumps(action, ensure_ascii=False), f"'{action}'"):
+        rest = written[len(begun) :] + "}"
+        if written.startswith(begun) and parse_json_action(response + rest) == _accept(action):
+            return rest
+    return None
+
+
 @dataclass(frozen=True)
 class JSONFormat(AgentFormat):
     """The response is `{"action": ...}` and nothing else is asked for."""
@@ -305,6 +332,9 @@ class JSONFormat(AgentFormat):
 
     def reaches_action(self, response: str) -> bool:
         return _ACTION_KEY.search(response) is not None
+
+    def rest_of(self, response: str, action: str) -> str | None:
+        return rest_of_json_action(response, action)
 
     def replace_action(self, response: str, action: str) -> str:
         return replace_json_action(response, action)
@@ -352,6 +382,9 @@ class JSONCoTFormat(AgentFormat):
 
     def reaches_action(self, response: str) -> bool:
         return _ACTION_KEY.search(response) is not None
+
+    def rest_of(self, response: str, action: str) -> str | None:
+        return rest_of_json_action(response, action)
 
     def replace_action(self, response: str, action: str) -> str:
         return replace_json_action(response, action)
@@ -417,6 +450,9 @@ class CallableFormat(AgentFormat):
     def reaches_action(self, response: str) -> bool:
         return self.base.reaches_action(response)
 
+    def rest_of(self, response: str, action: str) -> str | None:
+        return self.base.rest_of(response, action) if self.render_fn is None else super().rest_of(response, action)
+
     def replace_action(self, response: str, action: str) -> str:
         if self.render_fn is None:
             return self.base.replace_action(response, action)
@@ -467,7 +503,7 @@ def prompt_of(
             "two lists, `(messages, images)`, the second empty where there is no picture."
         )
     messages, images = made
-    return messages, images
+    return messages, [np.asarray(x.convert("RGB")) if isinstance(x, PIL.Image.Image) else x for x in images]
 
 
 def action_of(agent_format: AgentFormat, response: str) -> ParsedAction:

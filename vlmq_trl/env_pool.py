@@ -16,6 +16,7 @@ Contents: `EnvSpec`, `make_env`, `close_env`, `legal_actions_of`, `Outcome`, `Fa
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 import math
@@ -71,7 +72,7 @@ class EnvFailureError(RuntimeError):
 class Outcome:
     """What an environment gave after a reset or a step."""
 
-    observation: Mapping[str, Any]  # its image is a copy: environments may draw every picture into the same buffer
+    observation: Mapping[str, Any]  # a copy, and so is `reading`: environments may write into the same one again
     task: str  # the task text, which may change from episode to episode
     legal_actions: tuple[str, ...] = ()  # that the environment lists now; () where it lists none
     reward: float = 0.0
@@ -178,6 +179,8 @@ def first_look(
 
 
 def _outcome(env: gymnasium.Env, observation: Any, **rest: Any) -> Outcome:
+    if rest.get("terminated") and not rest.get("truncated"):  # nobody sees it any more
+        return Outcome({}, "", **rest)
     if not isinstance(observation, Mapping):
         raise _Misfit("observation", f"gave {type(observation).__name__} as its observation, not a dictionary,")
     image, text = observation.get("image"), observation.get("text")
@@ -239,9 +242,8 @@ class _Local:
     command makes it anew.
     """
 
-    def __init__(self, make: Callable[[], gymnasium.Env]):
-        self.make = make
-        self.env: gymnasium.Env | None = make()
+    def __init__(self, make: Callable[[], gymnasium.Env], env: gymnasium.Env | None):
+        self.make, self.env = make, env
         self.command: Command
 
     def send(self, command: Command) -> None:
@@ -255,7 +257,7 @@ class _Local:
                 return Failure("start", f"could not be made anew: {type(error).__name__}: {error}", error=error)
         work, argument = self.command
         try:
-            return work(self.env, argument)
+            return copy.deepcopy(work(self.env, argument))  # as through a pipe
         except _Misfit as misfit:
             return misfit.failure
         except Exception as error:
@@ -478,14 +480,17 @@ class EnvPool:
             raise
 
     def _make_here(self, env: EnvSpec, env_kwargs: Mapping[str, Any] | None, num_envs: int) -> None:
-        def make() -> gymnasium.Env:
-            made = make_env(env, env_kwargs)
-            if any(made is member.env for member in self._members):
+        make, made = partial(make_env, env, env_kwargs), None
+        for k in range(num_envs):
+            try:
+                made = make()
+            except Exception:
+                if k == 0:
+                    raise
+                made = None  # made at its first reset, or else a failure like others
+            if made is not None and any(made is member.env for member in self._members):
                 raise ValueError("The environment factory returned the same object twice; make a new one each time.")
-            return made
-
-        for _ in range(num_envs):
-            self._members.append(_Local(make))
+            self._members.append(_Local(make, made))
         self.agent_format = default_format(self._members[0].env)
 
     def _start_workers(self, env: EnvSpec, env_kwargs: dict[str, Any], num_envs: int, timeout: float | None) -> None:

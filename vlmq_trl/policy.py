@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl.data_utils import apply_chat_template
 
-from .agent_format import AgentFormat, taking
+from .agent_format import AgentFormat, action_of, taking
 from .chat import as_messages, completion_tokens, pictures, stop_token_ids, turn_processor
 from .env_pool import EnvFailureError, first_look
 from .recorder import EpisodeRecorder
@@ -285,8 +285,12 @@ class ActionLogits(LogitsProcessor):
         for action, taken in choices.items():
             said = taking(self.agent_format, action, self.agent_format.replace_action(text, action))
             whole = self.tokenizer(said, add_special_tokens=False)["input_ids"]
-            if whole[: len(tokens)] != tokens:  # its tokens would have been others before the action already
-                continue
+            if whole[: len(tokens)] != tokens:  # so far it is spelt otherwise, or in other tokens
+                rest = self.agent_format.rest_of(text, action) or ""
+                whole = tokens + self.tokenizer(rest, add_special_tokens=False)["input_ids"]
+                found = action_of(self.agent_format, self.tokenizer.decode(whole, skip_special_tokens=True))
+                if not rest or found.action.casefold() != action.strip().casefold():
+                    continue
             for end in range(len(tokens), len(whole)):
                 ways[tuple(whole[:end])][whole[end]] += taken
             ways[tuple(whole)].update(dict.fromkeys(self.stop_tokens, 0))

@@ -157,8 +157,9 @@ class _Running:
 
 
 def _env_name(env: EnvSpec) -> str:
-    if isinstance(env, partial) and env.args and isinstance(env.args[0], str):  # of `gymnasium.make`
-        return env.args[0]
+    if isinstance(env, partial):
+        made = env.func is gymnasium.make and bool(env.args)
+        return _env_name(env.args[0] if made else env.func)
     return env if isinstance(env, str) else str(getattr(env, "__name__", type(env).__name__))
 
 
@@ -352,13 +353,14 @@ class Rollouts:
             free = []
             for k, answer in self._pool.receive().items():
                 number, seed = begun[k]
-                if isinstance(answer, Failure):
-                    error = self._drop(number, seed, None, answer)
+                shown = answer if isinstance(answer, Failure) else self._shown(answer)
+                if isinstance(answer, Failure) or isinstance(shown, Failure):
+                    error = self._drop(number, seed, None, shown)
                     if error is not None:
                         raise error
                     free.append(k)
                 else:
-                    prompt, images = prompt_of(self.agent_format, answer.task, answer.observation)
+                    prompt, images = shown
                     rng = np.random.default_rng((self._seed + number, 1))
                     history: deque[Exchange] = deque(maxlen=self.agent_format.history)
                     self._running[k] = _Running(
@@ -379,7 +381,8 @@ class Rollouts:
         actions = {k: found.action if found.valid else "" for k, found in parsed.items()}
         for k, action in actions.items():
             self._pool.step(k, action)
-        ended, error = [], None
+        ended: list[Episode] = []
+        error: Exception | None = None
         for k, answer in self._pool.receive().items():
             one = self._running[k]
             if isinstance(answer, Failure):
@@ -397,7 +400,10 @@ class Rollouts:
                 read_right=None if one.reading is None else self.agent_format.reads(responses[k].text, one.reading),
             )
             episode = self._take(one, turn, answer)
-            if episode is not None:
+            if isinstance(episode, Failure):
+                del self._running[k]
+                error = self._drop(one.number, one.seed, len(one.turns) - 1, episode) or error
+            elif episode is not None:
                 del self._running[k]
                 self._failures_in_a_row = 0
                 ended.append(episode)
@@ -405,7 +411,15 @@ class Rollouts:
         if error is not None:
             raise error
 
-    def _take(self, one: _Running, turn: Turn, answer: Outcome) -> Episode | None:
+    def _shown(self, answer: Outcome, history: tuple[Exchange, ...] = ()) -> Any:
+        """Prompt and pictures; or a `Failure`, if the format cannot show what the environment gave."""
+        try:
+            return prompt_of(self.agent_format, answer.task, answer.observation, history)
+        except Exception as error:
+            did = f"gave an observation that its format cannot show ({type(error).__name__}: {error})"
+            return Failure("observation", did, error=error)
+
+    def _take(self, one: _Running, turn: Turn, answer: Outcome) -> Episode | Failure | None:
         """Adds a turn to its episode in place; the episode if it has ended."""
         one.turns.append(turn)
         one.history.append(Exchange(one.observation, turn.completion))
@@ -414,7 +428,10 @@ class Rollouts:
         if self._max_turns is not None and len(one.turns) >= self._max_turns and not terminated:
             truncated = True
         if not terminated or truncated:
-            one.prompt, one.images = prompt_of(self.agent_format, answer.task, one.observation, tuple(one.history))
+            shown = self._shown(answer, tuple(one.history))
+            if isinstance(shown, Failure):
+                return shown
+            one.prompt, one.images = shown
         if not (terminated or truncated):
             if len(one.turns) % LONG_EPISODE == 0:
                 logger.warning(
@@ -436,7 +453,7 @@ class Rollouts:
             seed=one.seed,
         )
 
-    def _drop(self, number: int, seed: int, turn: int | None, failure: Failure) -> EnvFailureError | None:
+    def _drop(self, number: int, seed: int, turn: int | None, failure: Failure) -> Exception | None:
         """Counts a failure; the error if it is one too many."""
         self.failures[failure.kind] += 1
         self.dropped.append(number)
@@ -446,6 +463,8 @@ class Rollouts:
         if self._failures_in_a_row <= self._max_failures:
             logger.warning("%s; the episode is dropped (%s).", what, failure.kind)
             return None
+        if failure.kind == "observation" and isinstance(failure.error, Exception) and not self._max_failures:
+            return failure.error  # the format's own words
         row = f" These are {self._failures_in_a_row} failures in a row; all by kind: {dict(self.failures)}."
         trace = f"\n{failure.trace}" if failure.trace else ""
         error = EnvFailureError(f"{what}. {FAILURES[failure.kind]}{row if self._max_failures else ''}{trace}")
@@ -515,22 +534,22 @@ def play_episodes(
             max_env_failures=max_env_failures,
         )
         finished: dict[int, Episode] = {}
-        due, stopped = numbers.start, None
+        due, stopped = numbers.start, None  # the next that is yielded
 
         class Near:
-            """The numbers, for now only those that are not far ahead of the episode that is due: what has ended before
+            """The numbers, for now only those that are not far ahead of the first that has not ended: what ends before
             it waits in memory."""
 
-            coming = numbers.start
+            coming = unended = numbers.start
 
             def __iter__(self) -> Iterator[int]:
                 return self
 
             def __next__(self) -> int:
-                nonlocal due
-                while due in rollouts.dropped:
-                    due += numbers.step
-                if self.coming >= numbers.stop or self.coming - due > AHEAD * num_envs * numbers.step:
+                self.unended = max(self.unended, due)
+                while self.unended in rollouts.dropped or self.unended in finished:
+                    self.unended += numbers.step
+                if self.coming >= numbers.stop or self.coming - self.unended > AHEAD * num_envs * numbers.step:
                     raise StopIteration
                 self.coming += numbers.step
                 return self.coming - numbers.step

@@ -45,6 +45,7 @@ class SavingTrainer(SFTTrainer):
     push_in_progress: Any
     eval_env: EnvSpec | None
     agent_format: AgentFormat | None
+    _env_format: AgentFormat | None  # that of `eval_env`
     _online: OnlineData | None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -69,7 +70,9 @@ class SavingTrainer(SFTTrainer):
     @functools.cached_property
     def _agent_card(self) -> dict[str, Any]:
         args = self.args
-        return agent_card(self.eval_env, self.agent_format, args.max_completion_length, args.legal_actions_only)
+        return agent_card(
+            self.eval_env, self.agent_format or self._env_format, args.max_completion_length, args.legal_actions_only
+        )
 
     def create_model_card(
         self,

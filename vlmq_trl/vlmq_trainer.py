@@ -187,11 +187,12 @@ class VLMQTrainer(SavingTrainer):
                 "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
                 "data has `behavior_logprobs`. Choose 'tree_backup', which needs none."
             )
-        own_format = agent_format
+        own_format, self._env_format = agent_format, None
         if eval_env is not None:
             # An unknown id or a broken factory shows now, not at the first evaluation.
             with closing(EnvPool(eval_env, num_envs=1, workers=args.rollout_workers)) as made:
-                own_format = agent_format or made.agent_format
+                self._env_format = made.agent_format
+            own_format = agent_format or self._env_format
             if args.legal_actions_only:
                 format_with_actions(eval_env, own_format, workers=args.rollout_workers, env_timeout=args.env_timeout)
             if train_dataset is not None:

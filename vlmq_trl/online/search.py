@@ -52,6 +52,8 @@ class VisitedStates:
     def __init__(self, agent_format: AgentFormat, fraction: float, seed: int):
         self.agent_format, self.fraction, self.seed = agent_format, fraction, seed
         self._edges: dict[bytes, dict[str, _Edge]] = {}
+        self._legal: dict[bytes, tuple[str, ...]] = {}  # in the states that it was asked about, case-folded
+        self._lists: dict[tuple[str, ...], tuple[str, ...]] = {}  # each such list once
         self._highest = self._best = -math.inf  # return from some turn on; of a whole episode
 
     def count(self, buffer: ReplayBuffer) -> None:
@@ -85,9 +87,11 @@ class VisitedStates:
         Those with which the last episode did as well as the best one, if there are such; else the legal actions of the
         highest value. In the other episodes all legal actions, as if there were no table.
         """
+        actions = tuple(action.casefold() for action in request.legal_actions)
+        state, actions = self._state(request.prompt, said), self._lists.setdefault(actions, actions)
+        self._legal[state] = actions
         if np.random.default_rng((self.seed, request.episode, 3)).random() >= self.fraction:
             return dict.fromkeys(request.legal_actions, 0)
-        state, actions = self._state(request.prompt, said), [action.casefold() for action in request.legal_actions]
         edges, enough = self._edges.get(state, {}), _hope(self._best) - 1e-6
         won = [k for k, action in enumerate(actions) if action in edges and edges[action].last >= enough]
         if won:
@@ -96,7 +100,9 @@ class VisitedStates:
         best = np.flatnonzero(values >= values.max(initial=-math.inf) - 1e-6)
         return {request.legal_actions[k]: edges.get(actions[k], _Edge()).visits for k in best}
 
-    def _action_values(self, state: bytes, actions: list[str], known: dict[bytes, float], horizon: int) -> np.ndarray:
+    def _action_values(
+        self, state: bytes, actions: tuple[str, ...], known: dict[bytes, float], horizon: int
+    ) -> np.ndarray:
         """[n] of the actions in this state. `known` holds, and takes, values of states; one that leads back to itself
         counts as unknown."""
         edges, values = self._edges.get(state, {}), np.full(len(actions), _hope(self._highest))
@@ -106,9 +112,10 @@ class VisitedStates:
                 values[k] = min((edge.rewards + sum(to_come)) / edge.visits, _hope(self._highest))
         return values
 
-    def _state_value(self, state: bytes, actions: list[str], known: dict[bytes, float], horizon: int) -> float:
+    def _state_value(self, state: bytes, actions: tuple[str, ...], known: dict[bytes, float], horizon: int) -> float:
+        """`actions`: those of the state before, for one whose own are not known."""
         if state not in known:
-            known[state] = _hope(self._highest)
+            known[state], actions = _hope(self._highest), self._legal.get(state, actions)
             if horizon and all(action in self._edges.get(state, {}) for action in actions):
                 known[state] = float(self._action_values(state, actions, known, horizon).max())
         return known[state]

@@ -15,7 +15,7 @@ fails). What an interrupted commit leaves behind is removed by the next opening 
 into larger ones on the way (`contents.mergeable`), so that there are not many, however often one commits.
 
 Reading goes through memory-mapped shards. In memory are 22 bytes a turn (16 to 32 more with `Priorities`) and, when
-writing, the episodes' ids and a count for each picture.
+writing, the episodes' ids, a count for each picture, and 64 MB of pictures that may come again.
 """
 
 from .buffer import ReplayBuffer, load_replay, process_folder

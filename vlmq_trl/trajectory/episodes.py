@@ -266,10 +266,11 @@ def _temporary_folder() -> Path:
 
 
 class _PngCache:
-    """PNG bytes of images; the last `size` distinct arrays are remembered, since environments repeat pictures."""
+    """PNG bytes of images; the last distinct ones, `max_bytes` in all, are remembered, since environments repeat
+    pictures."""
 
-    def __init__(self, size: int = 4096):
-        self.size = size
+    def __init__(self, max_bytes: int = 2**26):
+        self.max_bytes, self.bytes = max_bytes, 0
         self.store: dict[tuple, dict[str, Any]] = {}
 
     def __call__(self, image: Any, *, row: int, column: str) -> dict[str, Any]:
@@ -301,11 +302,12 @@ class _PngCache:
         pil = PIL.Image.fromarray(raw) if pil is None else pil
         buffer = io.BytesIO()
         pil.save(buffer, format="PNG", compress_level=3)
-        encoded = {"bytes": buffer.getvalue(), "path": None}
+        encoded: dict[str, Any] = {"bytes": buffer.getvalue(), "path": None}
         if key is not None:
-            if len(self.store) >= self.size:
-                self.store.pop(next(iter(self.store)))
             self.store[key] = encoded
+            self.bytes += len(encoded["bytes"])
+            while self.bytes > self.max_bytes:
+                self.bytes -= len(self.store.pop(next(iter(self.store)))["bytes"])
         return encoded
 
 
