@@ -100,7 +100,8 @@ class VLMQTrainer(SavingTrainer):
     Args:
         model: a name or directory (whole model or PEFT adapter; a critic saved beside it is restored), a
             `PreTrainedModel`, a `PeftModel`, or an `AutoModelForImageTextToTextWithValueHead`.
-        args: a `VLMQConfig`; default `VLMQConfig(f"{model}-VLMQ")`.
+        args: a `VLMQConfig`; default `VLMQConfig(f"{model}-VLMQ")`. It is copied: to change it later, change
+            `trainer.args`.
         train_dataset: a trajectory dataset (`vlmq_trl.trajectory`), validated here. May be left out with an `env`.
         eval_dataset: a trajectory dataset whose loss `evaluate` reports.
         env: a Gymnasium id or a factory. With it training goes online: rounds of collection, with the model as it
