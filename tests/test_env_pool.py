@@ -69,7 +69,9 @@ def play(pool, seed, actions=("go", "go", "go")):
 
 
 def comparable(answer):
-    return answer.observation["image"].tolist(), answer.observation["text"], *list(vars(answer).values())[1:]
+    """All of it; of one that terminated there is no observation."""
+    seen = {key: np.asarray(value).tolist() for key, value in answer.observation.items()}
+    return seen, *list(vars(answer).values())[1:]
 
 
 NOT_LEGAL = "raised TypeError: `legal_actions` must be a sequence of strings, such as ['left', 'right'], or None"
