@@ -233,7 +233,9 @@ def test_the_critic_may_learn_the_action_alone(critic_type, tmp_path):
     assert torch.equal(learned, action | first) and (~learned).sum() > 2 * learned.sum()
     for k in range(int(turn.max()) + 1):
         whole, begun = judged.returns[turn == k], judged.returns[(turn == k) & action]
-        torch.testing.assert_close(whole[: len(whole) - len(begun)], begun[:1].expand(len(whole) - len(begun)))
+        before = whole[: len(whole) - len(begun)]
+        torch.testing.assert_close(before, before[-1:].expand_as(before))
+        assert not torch.isclose(before[-1], begun[0], rtol=1e-3), "the state before the action bootstraps"
         assert len(begun) > 1 and not torch.isclose(begun[0], begun[-1], rtol=1e-3), "the action's tokens bootstrap"
     trainer.train()
     assert all(math.isfinite(entry["q_loss"]) for entry in step_logs(trainer))
