@@ -254,7 +254,7 @@ class _Local:
             try:
                 self.env = self.make()
             except Exception as error:
-                return Failure("start", f"could not be made anew: {type(error).__name__}: {error}", error=error)
+                return Failure("start", f"could not be made: {type(error).__name__}: {error}", error=error)
         work, argument = self.command
         try:
             return copy.deepcopy(work(self.env, argument))  # as through a pipe

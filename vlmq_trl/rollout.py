@@ -353,9 +353,11 @@ class Rollouts:
             free = []
             for k, answer in self._pool.receive().items():
                 number, seed = begun[k]
-                shown = answer if isinstance(answer, Failure) else self._shown(answer)
-                if isinstance(answer, Failure) or isinstance(shown, Failure):
-                    error = self._drop(number, seed, None, shown)
+                if not isinstance(answer, Failure):
+                    shown = self._shown(answer)
+                    answer = shown if isinstance(shown, Failure) else answer
+                if isinstance(answer, Failure):
+                    error = self._drop(number, seed, None, answer)
                     if error is not None:
                         raise error
                     free.append(k)

@@ -524,13 +524,10 @@ class VLMQTrainer(SavingTrainer):
         if not path.is_file():
             return False
         state, args = TrainerState.load_from_json(str(path)), self.args
-        # By epochs, the data may have grown since.
-        wanted = (
-            args.max_steps
-            if args.max_steps > 0
-            else self.set_initial_training_values(args, self.get_train_dataloader())[-1]
-        )
-        if state.global_step < wanted:
+        max_steps = args.max_steps
+        if max_steps <= 0:  # by epochs of the data, which may have grown since
+            max_steps = self.set_initial_training_values(args, self.get_train_dataloader())[-1]
+        if state.global_step < max_steps:
             return False
         self.state = state
         self._load_from_checkpoint(checkpoint)
