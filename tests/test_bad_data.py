@@ -215,6 +215,22 @@ def test_what_messages_hold_beside_role_and_content(monkeypatch):
         validate_trajectories(datasets.Dataset.from_list(rows, features=features))
 
 
+def test_what_parts_hold_beside_type_and_text():
+    """A null is what `datasets` puts where another part has something; a picture would be shown twice."""
+    rows = good_rows()
+    for row in rows:
+        for prompt in (row["prompt"], row["final_prompt"] or []):
+            for message in prompt:
+                message["content"] = [{"image": None, **part} for part in message["content"]]
+    part = {name: datasets.Value("string") for name in ("type", "text", "image")}
+    prompt = datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)})
+    features = datasets.Features({**FEATURES, "prompt": prompt, "final_prompt": prompt})
+    validate_trajectories(datasets.Dataset.from_list(rows, features=features))
+    rows[1]["prompt"][0]["content"][0]["image"] = "a.png"
+    with pytest.raises(TrajectoryError, match="row 1, column `prompt`: a content part is neither"):
+        validate_trajectories(datasets.Dataset.from_list(rows, features=features))
+
+
 def retype(column, feature):
     return lambda ds: ds.cast_column(column, feature)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segments, their bootstrap states, and batches: against stock TRL's tensors and the episodes that they come from."""
 
+import copy
 import math
 from collections import defaultdict
 
@@ -536,6 +537,18 @@ def test_content_in_parts_for_a_text_only_model():
     parts = item | {"prompt": [{"role": "user", "content": [{"type": "text", "text": text}]}]}
     collate = VLMQDataCollator(tokenizer)
     assert torch.equal(collate([item])["input_ids"], collate([parts])["input_ids"])
+
+
+def test_what_is_null_in_a_part_is_not_there():
+    """`datasets` gives all parts the same keys."""
+    _, processor = tiny_models.build("idefics3")
+    items = segments("idefics3", ENDINGS).__getitems__([0, 3])
+    filled = copy.deepcopy(items)
+    for item in filled:
+        for prompt in (item["prompt"], item["bootstrap"]["prompt"]):
+            prompt[0]["content"] = [{"image": None, "text": None, **part} for part in prompt[0]["content"]]
+    batch, again = VLMQDataCollator(processor)(items), VLMQDataCollator(processor)(filled)
+    assert again.keys() == batch.keys() and all(torch.equal(again[k], batch[k]) for k in batch)
 
 
 @pytest.mark.parametrize("name", ["idefics3", "llama"])

@@ -182,7 +182,7 @@ def _structured(messages: Sequence[Mapping[str, Any]], num_images: int) -> list[
 
 
 def _clean(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | None:
-    """Messages as they come out of Arrow, without the null `text` of image parts."""
+    """Messages as they come out of Arrow, without what is null in their parts, such as the `text` of images."""
     if messages is None:
         return None
     result: list[Message] = []

@@ -172,6 +172,8 @@ def _message_facts(chunk: pa.Array) -> np.ndarray:
         parts = content.flatten()
         kind, text = pc.struct_field(parts, "type"), pc.struct_field(parts, "text")
         is_image = _bools(pc.equal(kind, "image"))
+        if parts.type.get_field_index("image") >= 0:
+            is_image &= pc.is_null(pc.struct_field(parts, "image")).to_numpy(zero_copy_only=False)
         is_text = _bools(pc.equal(kind, "text")) & ~pc.is_null(text).to_numpy(zero_copy_only=False)
         facts[:, 3] = _per_parent(chunk, _per_parent(content, ~(is_image | is_text)) > 0)
         shown = _per_parent(content, is_image)
@@ -229,7 +231,8 @@ def _check_prompts(columns: _Columns, column: str, image_column: str | None, ski
     _fail(keep & (messages == 0), column, "there is no message; a prompt needs at least one user message.")
     _fail(keep & (unknown > 0), column, f"a message's role is unknown or null; use one of {', '.join(ROLES)}.")
     _fail(keep & (null > 0), column, "a message's content is null; write the text, or '' for none.")
-    _fail(keep & (bad > 0), column, "a content part is neither {'type': 'image'} nor {'type': 'text', 'text': ...}.")
+    problem = "a content part is neither {'type': 'image'}, its picture apart, nor {'type': 'text', 'text': ...}."
+    _fail(keep & (bad > 0), column, problem)
     _fail(keep & (by_tool > 0), column, f"an image part in a tool message, {NOT_SHOWN}")
     _fail(keep & (others > 0), column, f"a message's {', '.join(sorted(names - set(MESSAGE_KEYS)))} {NOT_KEPT}")
     _fail(
