@@ -285,6 +285,16 @@ def test_the_choice_may_be_narrowed():
         assert np.mean([r.text.startswith(begun) for r in responses[::2]]) == pytest.approx(chance, abs=0.12)
     few = drawn(choices=lambda request, said: {"go": 3})
     assert {(response.text, sum(response.behavior_logprobs)) for response in few} == {("go", 0.0)}
+    # Where one action begins another, the end of it counts as it does.
+    free, searched = (
+        {response.text: np.exp(sum(response.behavior_logprobs)) for response in responses}
+        for responses in (
+            drawn(choices=lambda request, said: {"go": 0, "go on": 0}),
+            drawn(choices=lambda request, said: {"go": 3, "go on": 0}),
+        )
+    )
+    rest = {"go": free["go"] / 4**2, "go on": free["go on"]}
+    assert searched == pytest.approx({said: weight / sum(rest.values()) for said, weight in rest.items()}, rel=1e-3)
     with pytest.raises(ValueError, match="`choices` needs `agent_format`"):
         ModelPolicy(model, processor, temperature=1.0, choices=choices)
 

@@ -293,7 +293,7 @@ class ActionLogits(LogitsProcessor):
                     continue
             for end in range(len(tokens), len(whole)):
                 ways[tuple(whole[:end])][whole[end]] += taken
-            ways[tuple(whole)].update(dict.fromkeys(self.stop_tokens, 0))
+            ways[tuple(whole)].update(dict.fromkeys(self.stop_tokens, taken))
         return ways
 
 
