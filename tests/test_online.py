@@ -540,8 +540,11 @@ def test_what_is_known_to_be_worse_is_left(tmp_path):
     fmt = JSONCoTFormat(reading_fields=("room",))
     legal = ("Left", "Right", "up")
 
+    def prompt(task):
+        return [{"role": "user", "content": [{"type": "text", "text": text} for text in (task, "where?")]}]
+
     def request(task="go", episode=0):
-        return Request(None, [{"role": "user", "content": task}], [], np.random.default_rng(0), legal, episode)
+        return Request(None, prompt(task), [], np.random.default_rng(0), legal, episode)
 
     def said(room, action=""):
         return fmt.render(action, {"room": room})
@@ -550,10 +553,7 @@ def test_what_is_known_to_be_worse_is_left(tmp_path):
         """Of (room, action, reward)."""
         return Episode(
             f"e{number}",
-            tuple(
-                Turn([{"role": "user", "content": [{"type": "text", "text": "go"}]}], [], said(room, action), reward)
-                for room, action, reward in turns
-            ),
+            tuple(Turn(prompt("go"), [], said(room, action), reward) for room, action, reward in turns),
             True,
             False,
             seed=number,

@@ -131,5 +131,8 @@ def _hope(best: float) -> float:
 
 
 def _text(message: Mapping[str, Any]) -> str:
+    """As `flatten_content` joins parts, which a buffer of text alone holds."""
     content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
