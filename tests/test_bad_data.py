@@ -213,6 +213,12 @@ def test_what_messages_hold_beside_role_and_content(monkeypatch):
     rows[1]["prompt"][0]["tool_calls"] = "f()"
     with pytest.raises(TrajectoryError, match="row 1, column `prompt`: a message's tool_calls would be lost"):
         validate_trajectories(datasets.Dataset.from_list(rows, features=features))
+    rows = [{k: v for k, v in row.items() if k != "prompt"} | {"prompt": user(IMAGE_PART, TEXT_PART)} for row in rows]
+    rows[2]["completion"][0]["reasoning"] = None
+    validate_trajectories(datasets.Dataset.from_list(rows).cast_column("images", FEATURES["images"]))
+    rows[3]["completion"][0]["reasoning"] = "so"
+    with pytest.raises(TrajectoryError, match="row 3, column `completion`: the message's reasoning would be lost"):
+        validate_trajectories(datasets.Dataset.from_list(rows).cast_column("images", FEATURES["images"]))
 
 
 def test_what_parts_hold_beside_type_and_text():

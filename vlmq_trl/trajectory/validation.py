@@ -150,6 +150,14 @@ def _bools(values: pa.Array) -> np.ndarray:
     return pc.fill_null(values, False).to_numpy(zero_copy_only=False).astype(bool)
 
 
+def _others(messages: pa.Array) -> np.ndarray:
+    """[N] bool, whether a message holds something else than `MESSAGE_KEYS`."""
+    held = np.zeros(len(messages), dtype=bool)
+    for name in {one.name for one in messages.type} - set(MESSAGE_KEYS):
+        held |= pc.is_valid(pc.struct_field(messages, name)).to_numpy(zero_copy_only=False)
+    return held
+
+
 def _message_facts(chunk: pa.Array) -> np.ndarray:
     """Structural facts of each prompt of a chunk, as int32 [R, 8].
 
@@ -166,8 +174,7 @@ def _message_facts(chunk: pa.Array) -> np.ndarray:
     facts[:, 1] = _per_parent(chunk, ~known)
     null = pc.is_null(content).to_numpy(zero_copy_only=False)
     facts[:, 2] = _per_parent(chunk, null)
-    for other in {one.name for one in messages.type} - set(MESSAGE_KEYS):
-        facts[:, 7] += _per_parent(chunk, pc.is_valid(pc.struct_field(messages, other)).to_numpy(zero_copy_only=False))
+    facts[:, 7] = _per_parent(chunk, _others(messages))
     if _is_list(content.type):
         parts = content.flatten()
         kind, text = pc.struct_field(parts, "type"), pc.struct_field(parts, "text")
@@ -272,18 +279,20 @@ def _check_completions(columns: _Columns) -> None:
         )
 
     def facts(chunk: pa.Array) -> np.ndarray:
-        result = np.zeros((len(chunk), 3), dtype=np.int32)
+        result = np.zeros((len(chunk), 4), dtype=np.int32)
         result[:, 0] = _lengths(chunk)
         messages = chunk.flatten()
         role, content = pc.struct_field(messages, "role"), pc.struct_field(messages, "content")
         result[:, 1] = _per_parent(chunk, ~_bools(pc.equal(role, "assistant")))
         result[:, 2] = _per_parent(chunk, pc.is_null(content).to_numpy(zero_copy_only=False))
+        result[:, 3] = _per_parent(chunk, _others(messages))
         return result
 
-    count, other, null = columns.fact(column, facts).T
+    count, other, null, more = columns.fact(column, facts).T
     _fail(count != 1, column, "expected exactly one message, the assistant's; past turns belong in `prompt`.")
     _fail(other > 0, column, "the message's role is not 'assistant'.")
     _fail(null > 0, column, "the response is null; write '' for an empty response.")
+    _fail(more > 0, column, f"the message's {', '.join(sorted(names - set(MESSAGE_KEYS)))} {NOT_KEPT}")
 
 
 def _check_image_column(columns: _Columns, column: str, nullable: bool) -> None:
