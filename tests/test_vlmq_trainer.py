@@ -19,7 +19,7 @@ from vlmq_trl.agent_format import PlainFormat
 from vlmq_trl.critic import Critic
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
 from vlmq_trl.rollout import Response, play_episodes
-from vlmq_trl.trajectory import concatenate_trajectories, dataset_from_episodes
+from vlmq_trl.trajectory import Episode, Turn, concatenate_trajectories, dataset_from_episodes
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -425,6 +425,15 @@ def test_an_evaluation_does_not_take_the_training_logs(tmp_path):
     }
     played = [entry for entry in trainer.state.log_history if "eval_success_rate" in entry]
     assert len(played) == 2 and "nll" not in played[0] and "value_q50" not in played[0]
+
+
+def test_where_all_turns_look_alike_the_log_has_numbers(tmp_path):
+    turn = {"prompt": [{"role": "user", "content": "go"}], "images": [], "completion": "up"}
+    played = [Episode(str(k), (Turn(reward=0.1 * k, **turn),), True, False) for k in range(7)]
+    trainer = make_trainer(tmp_path, name="llama", dataset=dataset_from_episodes(played), max_steps=2)
+    trainer.train()
+    for entry in step_logs(trainer):
+        assert all(math.isfinite(value) for value in entry.values())
 
 
 def test_callbacks_hear_of_an_evaluation_once(tmp_path):

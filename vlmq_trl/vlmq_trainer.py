@@ -864,7 +864,8 @@ class VLMQTrainer(SavingTrainer):
             for name in ("advantage", "value"):
                 for q, x in zip(QUANTILES, _quantiles(recorded[name]), strict=True):
                     logs[f"{prefix}{name}_q{round(100 * q):02d}"] = x
-            value, returns = recorded["value"].numpy(), recorded["return_to_go"].numpy()
+            # In double precision the deviation of equal numbers is 0.
+            value, returns = recorded["value"].double().numpy(), recorded["return_to_go"].double().numpy()
             logs[f"{prefix}value_bias"] = float((value - returns).mean())
             logs[f"{prefix}value_error"] = float(np.abs(value - returns).mean())
             if len(value) > 1 and value.std() > 0 and returns.std() > 0:
