@@ -76,6 +76,8 @@ BROKEN_CONFIGS = [
     ({"max_env_turns": 1e4}, "`max_env_turns=10000.0`: it must be an integer"),
     ({"online_fraction": 1.1}, "`online_fraction=1.1`: it must lie in [0, 1]"),
     ({"online_fraction_start": -0.1}, "`online_fraction_start=-0.1`: it must lie in [0, 1]"),
+    ({"online_fraction_start": 0.1}, "`online_fraction_start=0.1` and `online_fraction_steps=0` go together"),
+    ({"online_fraction_steps": 9}, "`online_fraction_start=None` and `online_fraction_steps=9` go together"),
     ({"replay_capacity": 0}, "`replay_capacity=0`: it must be at least 1"),
     ({"rollout_temperature": 0.0}, "`rollout_temperature=0.0`: it must be positive"),
     ({"rollout_action_temperature": 0.0}, "`rollout_action_temperature=0.0`: it must be positive"),

@@ -411,6 +411,11 @@ class VLMQConfig(SFTConfig):
                 f"`rollout_annealing_turns={self.rollout_annealing_turns}` and one of {', '.join(starts)} go "
                 "together: from where, and over how many collected turns."
             )
+        if (self.online_fraction_start is not None) != bool(self.online_fraction_steps):
+            raise ValueError(
+                f"`online_fraction_start={self.online_fraction_start}` and `online_fraction_steps="
+                f"{self.online_fraction_steps}` go together: from where, and over how many updates."
+            )
         if self.rollout_action_temperature_start is not None and self.rollout_action_temperature is None:
             raise ValueError(
                 f"`rollout_action_temperature_start={self.rollout_action_temperature_start}` needs to know where it "
