@@ -14,7 +14,7 @@ from transformers import BatchFeature, PaliGemmaProcessor, PreTrainedTokenizerBa
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from .trajectory import flatten_content
-from .trajectory.episodes import _clean, has_image_parts
+from .trajectory.episodes import has_image_parts, without_nulls
 
 
 def check_chat_template(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> None:
@@ -59,7 +59,7 @@ def as_messages(
 def with_pictures(messages: Iterable[dict[str, Any]], images: Iterable[Any]) -> list[dict[str, Any]]:
     """TRL's `prepare_multimodal_messages`, but that it adds no pictures to messages that say where theirs stand, and
     leaves out what is null in a part, where TRL and chat templates would take an `image` for one."""
-    messages = _clean(list(messages)) or []
+    messages = without_nulls(list(messages)) or []
     if has_image_parts(messages):
         contents = [[{"type": "text", "text": c}] if isinstance(c := m["content"], str) else c for m in messages]
         messages = [{**m, "content": content} for m, content in zip(messages, contents, strict=True)]

@@ -181,7 +181,7 @@ def _structured(messages: Sequence[Mapping[str, Any]], num_images: int) -> list[
     return result
 
 
-def _clean(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | None:
+def without_nulls(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | None:
     """Messages as they come out of Arrow, without what is null in their parts, such as the `text` of images."""
     if messages is None:
         return None
@@ -584,7 +584,7 @@ def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> It
             episode_id=last["episode_id"],
             turns=tuple(
                 Turn(
-                    prompt=_clean(row["prompt"]) or [],
+                    prompt=without_nulls(row["prompt"]) or [],
                     images=list(row.get("images") or []),
                     completion=row["completion"][0]["content"],
                     reward=float(row["reward"]),
@@ -596,7 +596,7 @@ def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> It
             ),
             terminated=bool(last["terminated"]),
             truncated=bool(last["truncated"]),
-            final_prompt=_clean(last.get("final_prompt")),
+            final_prompt=without_nulls(last.get("final_prompt")),
             final_images=last.get("final_images"),
             env_id=last.get("env_id") or "",
             seed=-1 if last.get("seed") is None else int(last["seed"]),
