@@ -154,6 +154,9 @@ def test_each_save_brings_the_critic(uploads, hub_strategy, peft_config, tmp_pat
         assert CRITIC | {stock, "vlmq_config.json", "tokenizer.json"} <= upload["files"]
         assert not [file for file in upload["files"] if file.endswith((".bin", ".pt", ".pth"))]
         assert upload["repo_id"] == "me/agent" and "Training in progress, step" in upload["commit_message"]
+        assert "README.md" in upload["files"]
+    card = (tmp_path / "out" / "README.md").read_text()  # and not the template that PEFT puts beside an adapter
+    assert 'VLMAgent.from_pretrained("me/agent")' in card and "[More Information Needed]" not in card
     if hub_strategy == "checkpoint":
         last = [upload for upload in during if upload.get("path_in_repo") == "last-checkpoint"]
         assert len(last) == 2 and {"optimizer.pt", "trainer_state.json", *CRITIC} <= last[-1]["files"]

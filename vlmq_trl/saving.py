@@ -190,8 +190,8 @@ class SavingTrainer(SFTTrainer):
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        # A copy: the checkpoint may be deleted while it is uploaded.
-        ignore = shutil.ignore_patterns(*TRAINING_STATE)
+        # A copy: the checkpoint may be deleted while it is uploaded. Its card is PEFT's; the run's is there already.
+        ignore = shutil.ignore_patterns(*TRAINING_STATE, "README.md")
         shutil.copytree(checkpoint_folder, args.output_dir, dirs_exist_ok=True, ignore=ignore)
         message: dict[str, Any] = {"commit_message": f"Training in progress, step {self.state.global_step}"}
         message["run_as_future"] = True
