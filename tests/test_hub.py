@@ -4,6 +4,7 @@
 No Hub can be reached here, so the calls that would reach one are replaced, and uploads recorded with their files.
 """
 
+import copy
 import fnmatch
 from concurrent.futures import Future
 from pathlib import Path
@@ -285,6 +286,25 @@ def test_the_critic_comes_from_the_same_revision(adapter, tmp_path):
         trainer = VLMQTrainer("me/agent", config(tmp_path / "new", model_init_kwargs=where), text_number_line())
         means[revision] = trainer.model.critic.target_mean.item()
     assert means == {"main": 5.0, "v1": 6.0}
+
+
+def test_an_adapter_says_on_which_revision_of_its_base_it_was_trained(tmp_path, monkeypatch):
+    """A base model in the Hub's cache with two revisions of other weights."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--me--base"
+    for k, revision in enumerate(("main", "v1")):
+        for part in tiny_models.build("llama", seed=k):
+            part.save_pretrained(repository / "snapshots" / (f"{k}" * 40))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(f"{k}" * 40)
+    where = {"revision": "v1", "local_files_only": True}
+    args, peft_config = config(tmp_path / "out", model_init_kwargs=where), copy.copy(LORA)
+    trainer = VLMQTrainer("me/base", args, text_number_line(), peft_config=peft_config)
+    trainer.save_model()
+    opened = load_pretrained(tmp_path / "out", local_files_only=True)
+    trained = trainer.model.pretrained_model.get_base_model().lm_head.weight
+    assert torch.equal(opened.get_base_model().lm_head.weight, trained)
+    assert peft_config.revision is None  # the user's own stays as it is
 
 
 def test_an_adapter_without_a_base_model(adapter):

@@ -243,6 +243,10 @@ class VLMQTrainer(SavingTrainer):
             own_kwargs = {"trust_remote_code": init_kwargs["trust_remote_code"], **hub_kwargs}
             processing_class = processing_class or load_processor(model, opened.config, **own_kwargs)
             model = opened
+        if isinstance(model, str) and isinstance(peft_config, PeftConfig):
+            # What is saved says on which base the adapter was trained; SFTTrainer leaves it at the newest.
+            peft_config = copy.copy(peft_config)
+            peft_config.revision = init_kwargs.get("revision")
         # For the time of the call: `Trainer` wants an `eval_dataset` wherever there is an evaluation, where an
         # environment will do; and `model_init_kwargs` are for a name that is still to be opened.
         own = {name: getattr(args, name) for name in ("eval_strategy", "dataset_kwargs", "model_init_kwargs")}
