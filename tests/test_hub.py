@@ -180,6 +180,8 @@ def test_no_token_is_written(adapter, tmp_path):
     given = args.to_dict()["model_init_kwargs"]
     assert given == {"token": "<TOKEN>", "dtype": "float32", "more": [{"use_auth_token": "<USE_AUTH_TOKEN>"}]}
     assert args.model_init_kwargs["token"] == secret
+    args.eos_token = "<|im_end|>"  # no secret: it decides where the agent stops
+    assert (args.to_dict()["eos_token"], args.to_dict()["pad_token"]) == ("<|im_end|>", None)
     del args.model_init_kwargs["more"]
     trainer = VLMQTrainer(str(adapter / "adapter"), args, text_number_line())
     trainer.train()

@@ -483,7 +483,8 @@ class VLMQConfig(SFTConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As `TrainingArguments.to_dict`, and no token inside `model_init_kwargs` and the like is written either."""
-        return {name: _without_tokens(value) for name, value in super().to_dict().items()}
+        written = {name: _without_tokens(value) for name, value in super().to_dict().items()}
+        return written | {"eos_token": self.eos_token, "pad_token": self.pad_token}  # the tokenizer's are no secrets
 
     def critic_config(self) -> CriticConfig:
         """Shape of the critic that this configuration asks for."""
