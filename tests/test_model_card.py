@@ -133,19 +133,28 @@ def card(**kwargs):
         "env_kwargs": {},
         "arguments": {"seed": 3},
         "played": [],
-        "best_step": None,
+        "step": 1000,
         "curve": None,
     }
     return model_card(**{**given, **kwargs})
 
 
 def test_a_long_history_is_thinned_and_keeps_the_weights_that_are_shown():
-    made = card(played=played(100), best_step=370)
+    made = card(played=played(100), step=370)
     text = str(made)
     rows = re.findall(r"^\| (\d+) \|.*", text, flags=re.MULTILINE)
     assert len(rows) <= 10 and {"0", "370", "1000"} <= set(rows)
     assert "| 370 | 18,500 | **37.0 (27.0 to 47.0)** | 74.000 | 100 |" in text
     assert made.data.eval_results[0].metric_value == 0.37
+    assert "in bold, that of the weights here." in text and "step" not in made.data.eval_results[0].metric_name
+
+
+def test_weights_that_were_trained_on_after_their_evaluation():
+    """As those of a checkpoint between two evaluations."""
+    made = card(played=played(100), step=377)
+    assert "| 370 | 18,500 | **37.0 (27.0 to 47.0)** |" in str(made)
+    assert "in bold, the last before the weights here, of step 377." in str(made)
+    assert all(result.metric_name.endswith(", at step 370 of 377") for result in made.data.eval_results)
 
 
 def test_without_evaluation_environment_or_base():

@@ -99,7 +99,7 @@ def model_card(
     env_kwargs: Mapping[str, Any],
     arguments: Mapping[str, Any],
     played: Sequence[Evaluation],
-    best_step: int | None,
+    step: int,
     curve: str | None,
     links: Sequence[str] = (),
 ) -> ModelCard:
@@ -109,11 +109,11 @@ def model_card(
         repo_id: what a reader opens.
         arguments: the trainer's.
         played: evaluations in order of their step; may be empty.
-        best_step: of the weights that are shown, if they are not the last ones.
+        step: of the weights. What is shown of them is the last evaluation up to there.
         curve: file name of the picture of success against steps.
         links: Markdown of experiment trackers.
     """
-    shown = next((e for e in played if e.step == best_step), played[-1] if played else None)
+    shown = next((e for e in reversed(played) if e.step <= step), None)
     environment = env_id or "an environment of its own"
     data = ModelCardData(
         base_model=base_model,
@@ -122,7 +122,7 @@ def model_card(
         pipeline_tag="image-text-to-text" if sees_images else "text-generation",
         model_name=model_name,
         tags=["generated_from_trainer", "reinforcement-learning", *tags],
-        eval_results=_results(shown, env_id) if shown is not None else None,
+        eval_results=_results(shown, env_id, step) if shown is not None else None,
     )
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model of its own"
     parts = [
@@ -132,7 +132,7 @@ def model_card(
         f"[TRL](https://github.com/huggingface/trl)'s trainer and `vlmq_trl`, to act in `{environment}`"
         + (f", on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})." if dataset_name else "."),
         "## How it plays",
-        _success_table(played, shown),
+        _success_table(played, shown, step),
         f"![Success against steps, with its 95 % interval]({curve})" if curve else "",
         "## Play",
         _usage(repo_id, env_id, env_kwargs, is_adapter, sees_images),
@@ -150,7 +150,8 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
 
 
-def _results(shown: Evaluation, env_id: str | None) -> list[EvalResult]:
+def _results(shown: Evaluation, env_id: str | None, step: int) -> list[EvalResult]:
+    earlier = "" if shown.step == step else f", at step {shown.step} of {step}"
     return [
         EvalResult(
             task_type="reinforcement-learning",
@@ -158,7 +159,7 @@ def _results(shown: Evaluation, env_id: str | None) -> list[EvalResult]:
             dataset_type=env_id or "environment",
             dataset_name=env_id or "environment",
             metric_type=kind,
-            metric_name=name,
+            metric_name=name + earlier,
             metric_value=round(value, 4),
         )
         for kind, name, value in (
@@ -168,7 +169,7 @@ def _results(shown: Evaluation, env_id: str | None) -> list[EvalResult]:
     ]
 
 
-def _success_table(played: Sequence[Evaluation], shown: Evaluation | None) -> str:
+def _success_table(played: Sequence[Evaluation], shown: Evaluation | None, step: int) -> str:
     """At most ten evaluations, the shown one and the ends among them."""
     if shown is None:
         return "It has not been evaluated in an environment with the settings of its run."
@@ -182,7 +183,8 @@ def _success_table(played: Sequence[Evaluation], shown: Evaluation | None) -> st
         turns = [f"{e.env_turns:,.0f}" if e.env_turns is not None else "–"] if online else []
         cells = [str(e.step), *turns, f"**{rate}**" if e == shown else rate, f"{e.mean_return:.3f}", str(e.episodes)]
         lines.append(f"| {' | '.join(cells)} |")
-    note = "Success with its 95 % interval on validation episodes; in bold, that of the weights here."
+    which = "that of the weights here" if shown.step == step else f"the last before the weights here, of step {step}"
+    note = f"Success with its 95 % interval on validation episodes; in bold, {which}."
     return "\n".join([*lines, "", note])
 
 

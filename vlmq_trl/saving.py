@@ -89,10 +89,12 @@ class SavingTrainer(SFTTrainer):
         played = evaluations(self.state.log_history, self.args.to_dict())
         if len(played) > 1:
             plot_success(played, folder / CURVE_NAME)
-        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        step = self.state.global_step  # of the weights
+        if self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step is not None:
+            step = self.state.best_global_step
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EnvEvaluationCallback) and callback.restored_step is not None:
-                best = callback.restored_step
+                step = callback.restored_step
         given = [tags] if isinstance(tags, str) else list(tags or [])
         trackers = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
         model_card(
@@ -107,7 +109,7 @@ class SavingTrainer(SFTTrainer):
             env_kwargs=self._agent_card["env_kwargs"],
             arguments=self.args.to_dict(),
             played=played,
-            best_step=best,
+            step=step,
             curve=CURVE_NAME if len(played) > 1 else None,
             links=[f"Logs: [{name}]({url})." for name, url in trackers.items() if url],
         ).save(folder / "README.md")
