@@ -273,6 +273,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
     """Command line (default `sys.argv`) and YAML file to dataclasses; exits with a message if they make no sense."""
     defaults = {**DEFAULTS, **({} if torch.cuda.is_available() else CPU_DEFAULTS)}
     argv = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:  # for the module of an `env_id`, as `python -m` has it
+        sys.path.append(os.getcwd())
 
     def once(defaults: dict[str, Any]) -> tuple[AgentArguments, VLMQConfig, ModelConfig]:
         # 200 arguments in a usage line would bury the message of an error.

@@ -401,7 +401,8 @@ def test_a_module_that_registers_an_environment_is_imported(tmp_path, monkeypatc
     (tmp_path / "games_of_ones_own.py").write_text(
         "import gymnasium\ngymnasium.register('Own-v0', 'vlmq_trl.envs.gym_cards:NumberLine')\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)  # where the command is given
     recipes = []
     monkeypatch.setattr(train_agent, "load_embedded_model", recipes.append)
     try:
