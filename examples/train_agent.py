@@ -364,6 +364,11 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
             "The script keeps each method's best weights by success itself; leave `load_best_model_at_end` out, and "
             "`save_strategy` to 'steps', 'epoch' or 'no'."
         )
+    if args.record_episodes:
+        raise ValueError(
+            "`record_episodes` would have no effect: the script's validation writes no episodes. Look at those of a "
+            "finished method by `python -m vlmq_trl.show ID --model OUTPUT_DIR/METHOD`."
+        )
     if script.online and "vlmq" not in script.method:
         raise ValueError(f"`online` is for the method vlmq; `method` is {script.method}.")
     if not script.online:

@@ -13,7 +13,14 @@ from trl import SFTConfig
 
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE, TextNumberLine, config, number_line, text_number_line
-from vlmq_trl import CallableFormat, PlainFormat, VLMAgent, collect_demonstrations, evaluate_model
+from vlmq_trl import (
+    CallableFormat,
+    EnvEvaluationCallback,
+    PlainFormat,
+    VLMAgent,
+    collect_demonstrations,
+    evaluate_model,
+)
 from vlmq_trl.trajectory import TrajectoryError
 from vlmq_trl.vlmq_config import VLMQConfig
 from vlmq_trl.vlmq_trainer import VLMQTrainer
@@ -325,6 +332,9 @@ def test_arguments_that_were_set_in_vain(tmp_path):
         build(tmp_path, offline_steps=3, max_env_turns=9)
     with pytest.warns(UserWarning, match=r"Without evaluations .*, `stop_at_success=0\.9`, `record_episodes=2` will"):
         build(tmp_path, stop_at_success=0.9, record_episodes=2)
+    callback = EnvEvaluationCallback(NUMBER_LINE, stop_at_success=0.9)  # which stops, and writes no episodes
+    with pytest.warns(UserWarning, match=r"Without evaluations \(`eval_strategy`\), `record_episodes=2` will"):
+        build(tmp_path, stop_at_success=0.9, record_episodes=2, init={"callbacks": [callback]})
     played = {"eval_strategy": "steps", "eval_steps": 1, "init": {"eval_env": NUMBER_LINE}}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Without ")

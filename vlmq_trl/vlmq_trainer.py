@@ -906,8 +906,9 @@ class _DrawnOnline(IterableDataset):
 
 def _warn_of_idle(args: VLMQConfig, env: EnvSpec | None, callbacks: list[TrainerCallback] | None) -> None:
     """Says which arguments were set in vain."""
-    evaluated = args.eval_strategy != "no" or any(isinstance(one, EnvEvaluationCallback) for one in callbacks or ())
-    unseen = {} if evaluated else {"stop_at_success": args.stop_at_success, "record_episodes": args.record_episodes}
+    stops = any(isinstance(one, EnvEvaluationCallback) and one.stop_at_success is not None for one in callbacks or ())
+    unseen = {"stop_at_success": None if stops else args.stop_at_success, "record_episodes": args.record_episodes}
+    unseen = unseen if args.eval_strategy == "no" else {}
     for idle, lacking in (
         (idle_offline(args) if env is None else [], "an `env` to collect in"),
         ([f"`{name}={value}`" for name, value in unseen.items() if value], "evaluations (`eval_strategy`)"),
