@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -375,6 +375,12 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
         idle = idle_offline(args)
         if idle:
             raise ValueError(f"{', '.join(idle)} would have no effect: set `online`, or leave them out.")
+    if not model_config.use_peft:
+        named = [one.name for one in fields(ModelConfig) if re.match("lora_|use_rslora|use_dora", one.name)]
+        given = {name: getattr(model_config, name) for name in named}
+        idle = [f"`{name}={value}`" for name, value in given.items() if value != getattr(ModelConfig, name)]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} would have no effect: set `use_peft`, or leave them out.")
     if args.deepspeed_plugin is not None and len(script.method) > 1:
         raise ValueError(
             "DeepSpeed can be started once in a process: give one `method`, and the others in runs of their own with "
