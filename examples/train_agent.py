@@ -55,6 +55,7 @@ import trl
 import yaml
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -363,6 +364,14 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
         raise ValueError(
             "The script keeps each method's best weights by success itself; leave `load_best_model_at_end` out, and "
             "`save_strategy` to 'steps', 'epoch' or 'no'."
+        )
+    # Flyte's package transformers does not look for, and Azure's not beside MLflow's.
+    there = get_available_reporting_integrations()
+    unknown = [name for name in args.report_to if name not in (*there, "azure_ml", "flyte")]
+    if unknown:
+        raise ValueError(
+            f"`report_to` {' '.join(unknown)}: the package is not installed, or transformers does not know it. Here "
+            f"are {', '.join(there)}."
         )
     if args.record_episodes:
         raise ValueError(

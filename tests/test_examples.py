@@ -607,6 +607,7 @@ def test_epochs_count_where_they_are_given():
         (["--off_policy_trace", "retrace"], "scripted players do not have. Choose 'tree_backup'"),
         (["--save_strategy", "best"], "keeps each method's best weights by success itself"),
         (["--lora_r", "8", "--lora_target_modules", "q_proj"], "`lora_r=8`, `lora_target_modules=q_proj` would"),
+        (["--report_to", "paper"], "`report_to` paper: the package is not installed, or transformers"),
         (["--record_episodes", "2"], "`record_episodes` would have no effect: the script's validation writes no"),
         (["--resume_from_checkpoint", "nope"], "the same command with the same `output_dir` goes on by itself"),
         (["--model_name_or_path", "/nope/x"], "`model_name_or_path`: There is no folder /nope/x"),
