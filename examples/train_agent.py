@@ -307,7 +307,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[AgentArguments, VLMQConfig
             budget = {"max_steps": -1}
         special |= EMBEDDED_DEFAULTS | budget
     script, args, model_config = once({**defaults, **special})
-    args.eval_strategy = "no"  # the callback evaluates, for every method alike
+    if args.eval_strategy == "steps":
+        args.eval_strategy = "no"  # the callback evaluates, for every method alike
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "dtype": model_config.dtype,
@@ -360,6 +361,15 @@ def check_arguments(script: AgentArguments, args: VLMQConfig, model_config: Mode
         raise ValueError(
             "`resume_from_checkpoint` is not needed: the same command with the same `output_dir` goes on by itself."
         )
+    if args.eval_strategy != "no":
+        raise ValueError("Validation comes every `eval_steps` steps: leave `eval_strategy` out.")
+    if args.hub_model_id is not None and len(script.method) > 1:
+        raise ValueError(
+            f"`hub_model_id` {args.hub_model_id}: each of {len(script.method)} methods would replace the one before "
+            "there. Give one `method`, and the others in runs of their own."
+        )
+    if args.use_liger_kernel and "vlmq" in script.method:
+        raise ValueError("`use_liger_kernel` does nothing for vlmq, and is refused: leave it out.")
     if args.load_best_model_at_end or args.save_strategy == "best":
         raise ValueError(
             "The script keeps each method's best weights by success itself; leave `load_best_model_at_end` out, and "
@@ -627,7 +637,8 @@ def load_data(script: AgentArguments, args: VLMQConfig, agent_format: AgentForma
 
 def level_of(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConfig) -> dict[str, Any]:
     """Validates the data and says how well it was played."""
-    index = validate_trajectories(dataset, check_images="none")
+    needs_final = "vlmq" in script.method and args.needs_final_observation
+    index = validate_trajectories(dataset, check_images="none", require_final_observation=needs_final)
     check_data(dataset, script, args)
     successes = int(index.success.sum())
     low, high = wilson_interval(successes, len(index))

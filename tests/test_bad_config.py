@@ -8,6 +8,7 @@ import warnings
 import datasets
 import gymnasium
 import pytest
+import transformers
 from peft import LoraConfig, PromptTuningConfig
 from trl import SFTConfig
 
@@ -325,6 +326,12 @@ def test_a_format_that_does_not_write_what_it_reads(tmp_path):
         with pytest.raises(ValueError, match=said):
             build(tmp_path, name="llama", init=init, max_steps=2, **option)
     build(tmp_path, name="llama", init=init, max_steps=2)
+
+
+def test_a_model_that_writes_nothing(tmp_path):
+    model = transformers.LlamaForSequenceClassification(tiny_models.build("llama")[0].config)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification has no language-model head"):
+        VLMQTrainer(model, config(tmp_path), text_number_line())
 
 
 def test_arguments_that_were_set_in_vain(tmp_path):

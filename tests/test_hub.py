@@ -20,7 +20,7 @@ from tests import tiny_models
 from tests.small_runs import TextNumberLine, config, number_line, text_number_line
 from vlmq_trl.critic import CriticConfig
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead as ValueHeadModel
-from vlmq_trl.modeling import load_pretrained
+from vlmq_trl.modeling import load_pretrained, load_processor
 from vlmq_trl.vlmq_trainer import VLMQTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -295,7 +295,9 @@ def test_an_adapter_says_on_which_revision_of_its_base_it_was_trained(tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     repository = tmp_path / "cache" / "models--me--base"
     for k, revision in enumerate(("main", "v1")):
-        for part in tiny_models.build("llama", seed=k):
+        parts = tiny_models.build("llama", seed=k)
+        parts[1].chat_template = f"{{# {revision} #}}{parts[1].chat_template}"
+        for part in parts:
             part.save_pretrained(repository / "snapshots" / (f"{k}" * 40))
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(f"{k}" * 40)
@@ -306,6 +308,9 @@ def test_an_adapter_says_on_which_revision_of_its_base_it_was_trained(tmp_path, 
     opened = load_pretrained(tmp_path / "out", local_files_only=True)
     trained = trainer.model.pretrained_model.get_base_model().lm_head.weight
     assert torch.equal(opened.get_base_model().lm_head.weight, trained)
+    (tmp_path / "out" / "tokenizer_config.json").unlink()
+    tokenizer = load_processor(tmp_path / "out", opened.config, local_files_only=True)
+    assert tokenizer.chat_template.startswith("{# v1 #}")
     assert peft_config.revision is None  # the user's own stays as it is
 
 

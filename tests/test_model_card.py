@@ -14,6 +14,7 @@ from peft import LoraConfig
 from tests import small_runs, tiny_models
 from tests.small_runs import NUMBER_LINE
 from vlmq_trl import EnvEvaluationCallback, VLMQTrainer
+from vlmq_trl.dataset_card import trajectory_card
 from vlmq_trl.model_card import Evaluation, evaluations, model_card
 
 LORA = LoraConfig(target_modules=r".*text_model.*\.(q_proj|v_proj)", r=4)
@@ -161,3 +162,9 @@ def test_without_evaluation_environment_or_base():
     text = str(card(env_id=None, base_model=None))
     assert "It has not been evaluated" in text and "agent.play(my_env" in text and "None" not in text
     assert not card().data.eval_results
+
+
+def test_a_single_episode_has_no_interval_of_returns():
+    one = small_runs.text_number_line(episodes=1)
+    text = str(trajectory_card(one, "me/play"))
+    assert "| episodes | 1 |" in text and re.search(r"\| mean return \| -?\d+\.\d{3} \|", text)

@@ -38,6 +38,7 @@ from vlmq_trl.replay import buffer as replay_buffer
 from vlmq_trl.rollout import DemonstratorPolicy, Request, Response
 from vlmq_trl.trajectory import (
     Episode,
+    TrajectoryError,
     Turn,
     concatenate_trajectories,
     dataset_from_episodes,
@@ -275,6 +276,15 @@ def test_a_limit_that_belongs_to_the_task_ends_what_was_collected(tmp_path, boot
     cut_off = [item for item in seen if truncated[item["row"]]]
     assert cut_off and {item["terminated"] for item in cut_off} == {not bootstrapped}
     assert all((item["bootstrap"] is not None) == bootstrapped for item in cut_off)
+
+
+def test_where_a_limit_belongs_to_the_task_nobody_needs_what_came_after(tmp_path):
+    data = text_number_line().remove_columns(["final_prompt"])
+    assert any(data["truncated"])
+    with pytest.raises(TrajectoryError, match="or train with `bootstrap_truncated=False`"):
+        make_trainer(tmp_path, dataset=data, max_steps=2)
+    make_trainer(tmp_path, dataset=data, max_steps=3, offline_steps=1, bootstrap_truncated=False).train()
+    assert load_replay(tmp_path / "replay").select(range(len(data)))["truncated"] == data["truncated"]
 
 
 def test_priorities_draw_once_the_offline_steps_are_done(tmp_path, monkeypatch):

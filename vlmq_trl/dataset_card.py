@@ -78,7 +78,7 @@ def trajectory_card(dataset: datasets.Dataset, repo_id: str, description: str = 
     episodes, successes = len(index), int(index.success.sum())
     returns = np.asarray(index.returns_to_go(1.0))[np.asarray(index.first_row)]
     low, high = wilson_interval(successes, episodes)
-    return_low, return_high = mean_interval(returns)
+    between = "{:.3f} to {:.3f}".format(*mean_interval(returns))
     known = dataset.unique("env_id") if "env_id" in dataset.column_names else []
     envs = sorted(env for env in known if env)
     sees = "images" in dataset.column_names
@@ -92,7 +92,7 @@ def trajectory_card(dataset: datasets.Dataset, repo_id: str, description: str = 
         ("episodes", f"{episodes:,}"),
         ("turns", f"{len(dataset):,}, {len(dataset) / episodes:.1f} an episode"),
         ("success", f"{100 * successes / episodes:.1f} % ({100 * low:.1f} to {100 * high:.1f})"),
-        ("mean return", f"{returns.mean():.3f} ({return_low:.3f} to {return_high:.3f})"),
+        ("mean return", f"{returns.mean():.3f}" + (f" ({between})" if episodes > 1 else "")),
         ("episodes cut off (truncated)", f"{int(np.asarray(index.truncated)[_last_rows(index)].sum()):,}"),
     ]
     lines = [

@@ -193,12 +193,7 @@ class AutoModelForImageTextToTextWithValueHead(nn.Module):
                 "`BEMACallback` makes a model of the configuration: it does not know one with a critic.)"
             )
         base = _base_model(pretrained_model)
-        head = base.get_output_embeddings()
-        if head is None or base.base_model is base:
-            raise ValueError(
-                f"{type(base).__name__} has no language-model head on a backbone, so there is no policy to train. "
-                "Pass a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM`."
-            )
+        head = language_model_head(pretrained_model)
         if getattr(base, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"The {type(base).__name__} holds an adapter that transformers put in (`add_adapter`, or "
@@ -563,10 +558,7 @@ def load_pretrained(name: str | os.PathLike, is_trainable: bool = False, **kwarg
                 f"The adapter {name} cannot be opened without its base model. {error} Put it back, or write where it "
                 f"is into the adapter's {ADAPTER_CONFIG_NAME} (`base_model_name_or_path`)."
             ) from None
-        base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
-        if peft_config.revision:
-            base_kwargs["revision"] = peft_config.revision
-        base = load_pretrained(base_name, **base_kwargs)
+        base = load_pretrained(base_name, **_of_base(peft_config, kwargs))
         _resize_vocabulary(base, name, **hub_kwargs)
         return PeftModel.from_pretrained(base, name, is_trainable=is_trainable, **hub_kwargs)
     trust = kwargs.get("trust_remote_code", False)
@@ -589,7 +581,7 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_processor(name: str, config: Any, **kwargs: Any) -> Any:
+def load_processor(name: str | os.PathLike, config: Any, **kwargs: Any) -> Any:
     """The processor or tokenizer saved beside a model or adapter, or else that of an adapter's base model.
 
     Args:
@@ -601,8 +593,15 @@ def load_processor(name: str, config: Any, **kwargs: Any) -> Any:
         return AutoProcessor.from_pretrained(name, **kwargs)
     if find_file(name, "tokenizer_config.json", **hub_kwargs) is not None:
         return AutoTokenizer.from_pretrained(name, config=config, **kwargs)
-    base_kwargs = {k: v for k, v in kwargs.items() if k != "revision"}
-    return AutoProcessor.from_pretrained(config._name_or_path, **base_kwargs)
+    if has_adapter(name, **hub_kwargs):
+        kwargs = _of_base(PeftConfig.from_pretrained(name, **hub_kwargs), kwargs)
+    return AutoProcessor.from_pretrained(config._name_or_path, **kwargs)
+
+
+def _of_base(peft_config: PeftConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an adapter's `from_pretrained`, for that of its base model, which has revisions of its own."""
+    revision = {"revision": peft_config.revision} if peft_config.revision else {}
+    return {k: v for k, v in kwargs.items() if k != "revision"} | revision
 
 
 def has_critic(name: str | os.PathLike, **hub_kwargs: Any) -> bool:
@@ -753,6 +752,22 @@ def _upload(
         commit_description=commit_description,
         create_pr=create_pr,
     )
+
+
+def language_model_head(model: nn.Module) -> Any:
+    """The output embedding of a model, or of the one inside a PEFT wrapper.
+
+    Raises:
+        ValueError: it has none, or nothing below it.
+    """
+    base = _base_model(model)
+    head = base.get_output_embeddings()
+    if head is None or base.base_model is base:
+        raise ValueError(
+            f"{type(base).__name__} has no language-model head on a backbone, so there is no policy to train. "
+            "Pass a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM`."
+        )
+    return head
 
 
 def _base_model(model: nn.Module) -> Any:

@@ -486,6 +486,11 @@ class VLMQConfig(SFTConfig):
         written = {name: _without_tokens(value) for name, value in super().to_dict().items()}
         return written | {"eos_token": self.eos_token, "pad_token": self.pad_token}  # the tokenizer's are no secrets
 
+    @property
+    def needs_final_observation(self) -> bool:
+        """Whether returns of truncated episodes bootstrap from what came after the last turn."""
+        return self.critic_coef > 0 and self.bootstrap_truncated
+
     def critic_config(self) -> CriticConfig:
         """Shape of the critic that this configuration asks for."""
         return CriticConfig(

@@ -59,6 +59,7 @@ from .modeling import (
     has_critic,
     hub_arguments,
     keep_trainable,
+    language_model_head,
     load_critic_config,
     load_pretrained,
     load_processor,
@@ -162,6 +163,8 @@ class VLMQTrainer(SavingTrainer):
             args = VLMQConfig(f"{name.rstrip('/').split('/')[-1]}-VLMQ")
         elif not isinstance(args, VLMQConfig):
             raise TypeError(f"`args` must be a `VLMQConfig`, got `{type(args).__name__}`.")
+        if not isinstance(model, str):
+            language_model_head(getattr(model, "pretrained_model", model))
         args = copy.copy(args)  # some fields are set below; the user's may be those of another run, too
         check_format(agent_format)
         if train_dataset is None and env is None:
@@ -177,6 +180,7 @@ class VLMQTrainer(SavingTrainer):
         # By the dataset's id; the dataset is kept beside its index, so that no other can take its id.
         self._indices: dict[int, tuple[Dataset, EpisodeIndex]] = {}
         self._has_data = train_dataset is not None
+        self._needs_final_observation = args.needs_final_observation
         if train_dataset is not None:
             self._index_of(train_dataset)
         first_look = None if env is None else check_online(args, env, train_dataset, agent_format, rollout_policy)
@@ -426,7 +430,8 @@ class VLMQTrainer(SavingTrainer):
     def _index_of(self, dataset: Dataset) -> EpisodeIndex:
         """The index of a dataset, validated when it is first seen."""
         if id(dataset) not in self._indices:
-            self._indices[id(dataset)] = (dataset, validate_trajectories(dataset))
+            index = validate_trajectories(dataset, require_final_observation=self._needs_final_observation)
+            self._indices[id(dataset)] = (dataset, index)
         return self._indices[id(dataset)][1]
 
     @property

@@ -388,7 +388,7 @@ def validate_trajectories(
         check_images: "all" reads every distinct image, PNGs by their checksums and others by decoding them; "sample"
             those of 64 rows spread evenly, the first row and the last included; "none" does not look.
         require_final_observation: whether a truncated episode must carry its final observation, from which its last
-            turn bootstraps. False suits methods without a critic.
+            turn bootstraps. False suits methods without a critic, and `bootstrap_truncated=False`.
 
     Raises:
         TrajectoryError: the first problem found, naming row, column and what to do.
@@ -500,8 +500,8 @@ def validate_trajectories(
         _fail(
             needs_final & no_final,
             "final_prompt",
-            "a truncated episode needs the observation after its last turn, to bootstrap from; record it, or set "
-            "`terminated` if the limit belongs to the task.",
+            "a truncated episode needs the observation after its last turn, to bootstrap from; record it, or, if the "
+            "limit belongs to the task, set `terminated` or train with `bootstrap_truncated=False`.",
         )
     _fail(~no_final & ~is_last, "final_prompt", "set before the episode's last row; only the last row may have it.")
     if "final_images" in ds.column_names:
