@@ -21,6 +21,7 @@ import pytest
 
 import vlmq_trl
 from tests.misbehaving_envs import Misbehaving, make_nothing
+from vlmq_trl import env_pool
 from vlmq_trl.agent_format import JSONCoTFormat, PlainFormat
 from vlmq_trl.env_pool import (
     FAILURES,
@@ -215,6 +216,14 @@ def test_an_environment_that_cannot_be_closed(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "An environment could not be closed: OSError: the browser is gone"
     ] * 2
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_bar_shows_that_environments_start_where_it_takes_long(workers, monkeypatch, capsys):
+    for after in (60.0, 0.0):
+        monkeypatch.setattr(env_pool, "SHOWN_AFTER", after)
+        EnvPool("vlmq_trl/NumberLine-v0", num_envs=2, workers=workers).close()
+        assert ("Starting environments: " in capsys.readouterr().err) == (not after)
 
 
 def test_the_look_before_an_online_run_is_as_strict():

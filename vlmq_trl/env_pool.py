@@ -40,6 +40,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec as RegisteredSpec
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
+from tqdm.auto import tqdm
 
 from vlmq_trl.agent_format import AgentFormat, default_format
 
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 EnvSpec = str | Callable[..., gymnasium.Env]
 
 START_TIMEOUT = 600.0  # seconds for a process to come up and make its environment; some start a browser
+SHOWN_AFTER = 5.0  # seconds after which a bar shows that environments are starting
 CLOSE_TIMEOUT = 5.0  # seconds for environments to close before their processes are terminated
 TERMINATE_TIMEOUT = 1.0  # the same for one that failed; also the seconds from SIGTERM to SIGKILL
 LARGEST_REWARD = float(np.finfo(np.float32).max)
@@ -417,6 +419,10 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def _shown(starting: Any) -> Any:
+    return tqdm(starting, desc="Starting environments", unit="env", delay=SHOWN_AFTER, leave=False)
+
+
 def _close(members: list[Any], patience: float) -> None:
     """Ends environments side by side, by force those that do not close within `patience` seconds."""
     with contextlib.ExitStack() as stack:  # one that raises does not keep the others from closing
@@ -481,7 +487,7 @@ class EnvPool:
 
     def _make_here(self, env: EnvSpec, env_kwargs: Mapping[str, Any] | None, num_envs: int) -> None:
         make, made = partial(make_env, env, env_kwargs), None
-        for k in range(num_envs):
+        for k in _shown(range(num_envs)):
             try:
                 made = make()
             except Exception:
@@ -514,7 +520,7 @@ class EnvPool:
             ) from error
         for _ in range(num_envs):
             self._members.append(_Remote(sent, env_kwargs, timeout, needs_main))
-        for member in self._members:
+        for member in _shown(self._members):
             failure = member.wait_until_made()
             if failure is not None:
                 todo = FAILURES["start"]
