@@ -192,41 +192,12 @@ class VLMQTrainer(SavingTrainer):
                 "`off_policy_trace='retrace'` needs the behaviour's log-probabilities, and no row of the training "
                 "data has `behavior_logprobs`. Choose 'tree_backup', which needs none."
             )
-        own_format, self._env_format = agent_format, None
-        if eval_env is not None:
-            # An unknown id or a broken factory shows now, not at the first evaluation.
-            with closing(EnvPool(eval_env, num_envs=1, workers=args.rollout_workers)) as made:
-                self._env_format = made.agent_format
-            own_format = agent_format or self._env_format
-            if args.legal_actions_only:
-                format_with_actions(eval_env, own_format, workers=args.rollout_workers, env_timeout=args.env_timeout)
-            if train_dataset is not None:
-                warn_of_another_format(own_format, train_dataset)
-        whole: dict[str, Any] = {"filter_scope": "response", "critic_scope": "response"}
-        whole |= {"online_thought_weight": 1.0, "online_thought_filter": "none"}
-        split = [f"{name}={getattr(args, name)!r}" for name, value in whole.items() if getattr(args, name) != value]
-        if split and agent_format is None and env is not None and env != eval_env:  # it is what is learned from
-            with closing(EnvPool(env, num_envs=1, workers=args.rollout_workers)) as made:
-                own_format = made.agent_format
-        if split and own_format is None:
-            raise ValueError(
-                f"`{split[0]}` needs to know where a response comes to its action: give `agent_format`, or "
-                "an environment (`env` or `eval_env`), whose own format is taken."
-            )
+        action_format = self._look_at_formats(args, env, eval_env, agent_format)
+        if self._env_format is not None and train_dataset is not None:
+            warn_of_another_format(agent_format or self._env_format, train_dataset)
         self.eval_env, self.agent_format = eval_env, agent_format
-        if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
-            raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
+        _check_evaluation(args, eval_env, eval_dataset)
         _warn_of_idle(args, env, callbacks)
-        by_metric = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-        if eval_env is None and args.metric_for_best_model == "success_rate":
-            if args.load_best_model_at_end or args.save_strategy == "best":
-                raise ValueError(
-                    "`metric_for_best_model='success_rate'` needs an `eval_env`. Give one, or choose a metric of the "
-                    "`eval_dataset`, such as 'loss'."
-                )
-            args.metric_for_best_model, args.greater_is_better = ("loss", False) if by_metric else (None, None)
-        if by_metric and args.greater_is_better:  # they would take success for a loss
-            args.lr_scheduler_kwargs = {"mode": "max", **(args.lr_scheduler_kwargs or {})}
         if args.use_liger_kernel:
             raise ValueError(
                 "`use_liger_kernel=True` would do nothing: `Trainer` puts the kernels into models of its own kind, "
@@ -281,7 +252,7 @@ class VLMQTrainer(SavingTrainer):
             self.processing_class,
             args.max_length,
             args.pad_to_multiple_of,
-            action_format=own_format if split else None,
+            action_format=action_format,
         )
 
         # `compute_loss` divides by the number of tokens in all micro-batches, whatever the model's own loss would do.
@@ -305,6 +276,40 @@ class VLMQTrainer(SavingTrainer):
         self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._last_log = (time.perf_counter(), 0)
         self.add_callback(_Hooks(self))
+
+    def _look_at_formats(
+        self,
+        args: VLMQConfig,
+        env: EnvSpec | None,
+        eval_env: EnvSpec | None,
+        agent_format: AgentFormat | None,
+    ) -> AgentFormat | None:
+        """Makes an environment: an unknown id or a broken factory shows now, not at the first evaluation.
+
+        Returns:
+            The format of the responses that are learned from, if `args` treat their actions apart; else None.
+        """
+        own_format, self._env_format = agent_format, None
+        if eval_env is not None:
+            with closing(EnvPool(eval_env, num_envs=1, workers=args.rollout_workers)) as made:
+                self._env_format = made.agent_format
+            own_format = agent_format or self._env_format
+            if args.legal_actions_only:
+                format_with_actions(eval_env, own_format, workers=args.rollout_workers, env_timeout=args.env_timeout)
+        whole: dict[str, Any] = {"filter_scope": "response", "critic_scope": "response"}
+        whole |= {"online_thought_weight": 1.0, "online_thought_filter": "none"}
+        split = [f"{name}={getattr(args, name)!r}" for name, value in whole.items() if getattr(args, name) != value]
+        if not split:
+            return None
+        if agent_format is None and env is not None and env != eval_env:
+            with closing(EnvPool(env, num_envs=1, workers=args.rollout_workers)) as made:
+                own_format = made.agent_format
+        if own_format is None:
+            raise ValueError(
+                f"`{split[0]}` needs to know where a response comes to its action: give `agent_format`, or "
+                "an environment (`env` or `eval_env`), whose own format is taken."
+            )
+        return own_format
 
     @staticmethod
     def _known_critic(source: Any, args: VLMQConfig, hub_kwargs: dict[str, Any]) -> CriticConfig | None:
@@ -907,6 +912,22 @@ class _DrawnOnline(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat({})
+
+
+def _check_evaluation(args: VLMQConfig, eval_env: EnvSpec | None, eval_dataset: Any) -> None:
+    """Sets the metric that best weights and the learning rate go by, if it is one of `eval_dataset`."""
+    if args.eval_strategy != "no" and eval_env is None and eval_dataset is None:
+        raise ValueError(f"`eval_strategy={args.eval_strategy!r}` needs an `eval_env` or an `eval_dataset`.")
+    by_metric = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    if eval_env is None and args.metric_for_best_model == "success_rate":
+        if args.load_best_model_at_end or args.save_strategy == "best":
+            raise ValueError(
+                "`metric_for_best_model='success_rate'` needs an `eval_env`. Give one, or choose a metric of the "
+                "`eval_dataset`, such as 'loss'."
+            )
+        args.metric_for_best_model, args.greater_is_better = ("loss", False) if by_metric else (None, None)
+    if by_metric and args.greater_is_better:  # they would take success for a loss
+        args.lr_scheduler_kwargs = {"mode": "max", **(args.lr_scheduler_kwargs or {})}
 
 
 def _warn_of_idle(args: VLMQConfig, env: EnvSpec | None, callbacks: list[TrainerCallback] | None) -> None:
