@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Each target first sets up its own environment in $(VENV), and again only when the requirements change.
-#   make demo       learn NumberLine from purely random play (about 10 minutes on 2 cores, after the installation)
+#   make demo       learn NumberLine from purely random play (about 8 minutes on 2 cores, after the installation)
 #   make test       the fast tests             make test-slow  the tests that take minutes
 #   make check      format, lint, types        make bench      the benchmarks behind docs/results.md (hours; resumable)
 # Overridable: PYTHON=python3.12, VENV=/elsewhere, WORKERS=8 (test processes), THREADS=4 (of one run),
