@@ -170,7 +170,7 @@ class AgentArguments:
     )
     online: bool = field(default=False, metadata={"help": "Let vlmq collect play of its own and learn from it."})
     collection_num_envs: int = field(
-        default=16, metadata={"help": "Environments that are played at once for that; 4 where each is a browser."}
+        default=16, metadata={"help": "Environments played at once to collect the data; 4 where each is a browser."}
     )
     collection_seed: int = field(default=0, metadata={"help": "Seed of the first collected episode."})
     dataset_path: str | None = field(
@@ -184,7 +184,7 @@ class AgentArguments:
         default=None, metadata={"help": "The same, sampled at temperature 1; as many as greedy by default."}
     )
     before_episodes: int = field(
-        default=100, metadata={"help": "Of these, played by the model before training; 0: it is not tested."}
+        default=100, metadata={"help": "Test episodes played by the model before training; 0: it is not tested."}
     )
     test_seed: int = field(default=2_000_000, metadata={"help": "Seed of the test's first episode."})
     freeze_vision_tower: bool = field(

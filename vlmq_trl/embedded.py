@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded default: a VLM of about 3 M parameters, built in-process and taught to read pictures, not to act.
+"""The embedded default: a VLM of about 2.5 M parameters, built in-process and taught to read pictures, not to act.
 
 `load_embedded_model()` gives the directory of a stock Idefics3 checkpoint. The first call builds it (minutes on two
 cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
@@ -106,8 +106,11 @@ class EmbeddedRecipe:
             otherwise.
         image_size: pixels of the picture's side as the model sees it; None takes 112 for BabyAI, where a patch then is
             one of the 7 x 7 cells, and 128 otherwise.
+        patch_size: pixels of a patch's side.
         scale_factor: patches to an image token, along each side; None takes 1 for Points24, whose formula is written
             small, and for BabyAI's cells, and 2 otherwise.
+        vision_hidden_size, vision_layers: of the vision tower.
+        hidden_size: of the language model.
         layers: of the language model; None takes 4 for ALFWorld, where much is to be looked up, and 3 otherwise.
         vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
             otherwise.

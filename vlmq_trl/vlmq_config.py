@@ -261,12 +261,14 @@ class VLMQConfig(SFTConfig):
         default=1.0, metadata={"help": "Factor of the loss on what stands before the action in collected turns."}
     )
     online_thought_filter: str = field(
-        default="none", metadata={"help": "Filter of that loss, token by token.", "choices": list(THOUGHT_FILTERS)}
+        default="none", metadata={"help": "Token filter of that loss.", "choices": list(THOUGHT_FILTERS)}
     )
     online_fraction_start: float | None = field(
-        default=None, metadata={"help": "The share after `offline_steps`; default: `online_fraction`."}
+        default=None, metadata={"help": "`online_fraction` right after `offline_steps`; default: as later."}
     )
-    online_fraction_steps: int = field(default=0, metadata={"help": "Updates from the one share to the other."})
+    online_fraction_steps: int = field(
+        default=0, metadata={"help": "Updates over which `online_fraction_start` moves to `online_fraction`."}
+    )
     replay_dir: str | None = field(
         default=None, metadata={"help": "Folder of the replay buffer; default: `output_dir/replay`."}
     )
@@ -278,19 +280,19 @@ class VLMQConfig(SFTConfig):
     rollout_num_envs: int = field(default=16, metadata={"help": "Environments that collect at once."})
     rollout_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the collection."})
     rollout_action_temperature: float | None = field(
-        default=None, metadata={"help": "That of the action's own tokens; default: `rollout_temperature`."}
+        default=None, metadata={"help": "Temperature of the action's own tokens; default: `rollout_temperature`."}
     )
     rollout_epsilon: float = field(
         default=0.0, metadata={"help": "Share of the collected turns with a random legal action in place of its own."}
     )
     rollout_temperature_start: float | None = field(
-        default=None, metadata={"help": "That of the first round; default: `rollout_temperature`."}
+        default=None, metadata={"help": "`rollout_temperature` of the first round; default: as later."}
     )
     rollout_action_temperature_start: float | None = field(
-        default=None, metadata={"help": "That of the first round; default: `rollout_action_temperature`."}
+        default=None, metadata={"help": "`rollout_action_temperature` of the first round; default: as later."}
     )
     rollout_epsilon_start: float | None = field(
-        default=None, metadata={"help": "That of the first round; default: `rollout_epsilon`."}
+        default=None, metadata={"help": "`rollout_epsilon` of the first round; default: as later."}
     )
     rollout_repeat_fraction: float = field(
         default=0.0, metadata={"help": "Share of the collected episodes that repeat an earlier one that went badly."}

@@ -26,7 +26,7 @@ from ..vlmq_config import VLMQConfig
 from .schedule import Schedule, exploration, online_fraction
 from .search import VisitedStates
 
-# How long finished episodes may wait for their commit: what a crash can cost.
+# The first episode that ends so long after the last commit brings the next one, if the round's end does not.
 COMMIT_SECONDS = 10.0
 # Priority of a turn that went no better than expected, in standard deviations of the targets.
 LEAST_PRIORITY = 0.01
