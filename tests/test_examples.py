@@ -603,7 +603,7 @@ def test_epochs_count_where_they_are_given():
         (["--before_episodes", "-4"], "`before_episodes` is -4; it must be a whole number, at least 0"),
         (["--collection_seed", "-1"], "`collection_seed` is -1; it must be a whole number, at least 0"),
         (["--embedded_steps", "0"], "`embedded_steps` is 0; it must be a whole number, at least 1"),
-        (["--stop_at_success", "98"], "`stop_at_success=98.0`: it must lie in [0, 1]"),
+        (["--stop_at_success", "98"], "`stop_at_success=98.0`: it must lie in (0, 1]"),
         (["--off_policy_trace", "retrace"], "scripted players do not have. Choose 'tree_backup'"),
         (["--save_strategy", "best"], "keeps each method's best weights by success itself"),
         (["--eval_strategy", "epoch"], "Validation comes every `eval_steps` steps: leave `eval_strategy` out"),

@@ -401,12 +401,12 @@ class VLMQConfig(SFTConfig):
             "rollout_repeat_fraction",
             "online_thought_weight",
             "rollout_search_fraction",
-            "stop_at_success",
         ):
             value = getattr(self, name)
             self._require(value is None or 0 <= value <= 1, name, "must lie in [0, 1]")
-        for name in ("target_tau", "target_norm_rate"):
-            self._require(0 < getattr(self, name) <= 1, name, "must lie in (0, 1]")
+        for name in ("target_tau", "target_norm_rate", "stop_at_success"):
+            value = getattr(self, name)
+            self._require(value is None or 0 < value <= 1, name, "must lie in (0, 1]")
         starts = [f"rollout_{name}_start" for name in ("temperature", "action_temperature", "epsilon")]
         if any(getattr(self, name) is not None for name in starts) != bool(self.rollout_annealing_turns):
             raise ValueError(
