@@ -170,8 +170,8 @@ class VLMQConfig(SFTConfig):
             Seconds that an environment with a process of its own may take for a reset or a step; no limit when not
             given.
         max_env_failures (`int`, *optional*, defaults to `10`):
-            Failures in a row after which collection stops with an error. A failing environment is made anew, its
-            episode dropped and counted.
+            Failures in a row that are borne, in evaluations too; one more stops the run with an error. A failing
+            environment is made anew, its episode dropped and counted.
         async_collection (`bool`, *optional*, defaults to `False`):
             Collect the next round in a thread, with a copy of the policy, while the model learns from the last one.
         max_staleness (`int`, *optional*, defaults to `50`):
