@@ -74,7 +74,7 @@ def trajectory_card(dataset: datasets.Dataset, repo_id: str, description: str = 
     Raises:
         TrajectoryError: the data does not follow the contract.
     """
-    index = validate_trajectories(dataset)
+    index = validate_trajectories(dataset, require_final_observation=False)
     episodes, successes = len(index), int(index.success.sum())
     returns = np.asarray(index.returns_to_go(1.0))[np.asarray(index.first_row)]
     low, high = wilson_interval(successes, episodes)
