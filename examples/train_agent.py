@@ -17,7 +17,8 @@ go on from there with its own play. `train_gym_cards.py` is this script under th
 Every argument can stand on the command line or in the YAML file. Without `--model_name_or_path` a tiny model is built
 first, which reads the environment's pictures and cannot act. All methods train on the same data; each is evaluated on
 the same validation episodes while it trains and keeps its best weights; the final test plays other episodes. It ends
-with a before/after table, and writes `results.json`, `learning_curve.png` and each method's model to `output_dir`.
+with a before/after table, and writes `results.json`, `learning_curve.png`, the collected data and each method's model
+to `output_dir`.
 
 With `--online`, VLMQ collects play of its own after `offline_steps` updates, as `VLMQConfig` says, and keeps it in
 `output_dir/vlmq/replay`; with `--episodes 0` it begins with nothing.
@@ -27,6 +28,7 @@ Interrupted? The same command goes on where it was, from the newest checkpoint.
 
 import copy
 import gc
+import hashlib
 import json
 import math
 import os
@@ -75,6 +77,7 @@ from vlmq_trl import (
     load_embedded_model,
     load_trajectories,
     make_demonstrator,
+    save_trajectories,
     validate_trajectories,
     wilson_interval,
 )
@@ -620,10 +623,18 @@ def looks_other(script: AgentArguments) -> bool:
 
 
 def load_data(script: AgentArguments, args: VLMQConfig, agent_format: AgentFormat | None = None) -> datasets.Dataset:
-    """The trajectory dataset that all methods train on."""
+    """The trajectory dataset that all methods train on.
+
+    Collected play is kept in the output folder, for a run that goes on and for the other processes of this one; play
+    in an `agent_format` of one's own is not, since a folder's name cannot tell which that was.
+    """
     if script.dataset_path is not None:
         return load_trajectories(script.dataset_path)
-    return collect_demonstrations(
+    asked = [script.env_id, script.env_options, script.policy, script.episodes, script.collection_seed]
+    kept = Path(args.output_dir) / f"data-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
+    if agent_format is None and (kept / "state.json").is_file():
+        return load_trajectories(kept)
+    dataset = collect_demonstrations(
         script.env_id,
         policy=script.policy,
         episodes=script.episodes,
@@ -633,6 +644,9 @@ def load_data(script: AgentArguments, args: VLMQConfig, agent_format: AgentForma
         num_envs=script.collection_num_envs,
         max_env_failures=args.max_env_failures,
     )
+    if agent_format is None and args.process_index == 0:
+        save_trajectories(dataset, kept)
+    return dataset
 
 
 def level_of(dataset: datasets.Dataset, script: AgentArguments, args: VLMQConfig) -> dict[str, Any]:

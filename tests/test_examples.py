@@ -221,6 +221,7 @@ def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, mo
 
     tests = []
     monkeypatch.setattr(train_agent, "test_model", lambda *args, **kw: tests.append(kw) or tested(*args, **kw))
+    monkeypatch.setattr(train_agent, "collect_demonstrations", None)  # the data is there
     capsys.readouterr()
     again = train_agent.main(flags(**arguments, output_dir=tmp_path / "run"))
     printed = capsys.readouterr().out
@@ -238,6 +239,26 @@ def test_the_same_command_goes_on_after_an_interruption(model_name, tmp_path, mo
         return strip({"methods": results["methods"], "before": results["before"], "data": results["data"]})
 
     assert plain(json.loads(json.dumps(again))) == plain(json.loads(json.dumps(straight)))
+
+
+def test_collected_data_is_kept(model_name, tmp_path, monkeypatch):
+    """For the same play only, and as a dataset to give to another run."""
+    arguments = {**SMALL, "model_name_or_path": model_name, "output_dir": tmp_path / "run"}
+
+    def data(**others):
+        return train_agent.load_data(*train_agent.parse(flags(**{**arguments, **others}))[:2])
+
+    first, other_seed = data(), data(collection_seed=50)
+    folders = sorted((tmp_path / "run").glob("data-*"))
+    assert len(folders) == 2
+    monkeypatch.setattr(train_agent, "collect_demonstrations", None)
+    assert data()[:] == first[:] != other_seed[:]
+    assert data(collection_seed=50)[:] == other_seed[:]
+    given = data(dataset_path=folders[0], output_dir=tmp_path / "other")
+    assert given[:] in (first[:], other_seed[:]) and not (tmp_path / "other").exists()
+    for others in ({"episodes": 13}, {"policy": "expert"}, {"env_options": ["invalid_penalty=2"]}):
+        with pytest.raises(TypeError):  # there is nothing to collect it with
+            data(**others)
 
 
 def test_methods_are_added(model_name, tmp_path, monkeypatch):
