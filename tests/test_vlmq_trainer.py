@@ -229,7 +229,7 @@ def test_the_critic_may_learn_the_action_alone(critic_type, tmp_path):
     first = torch.ones_like(turn, dtype=torch.bool)
     first[1:] = turn[1:] != turn[:-1]
     action = turns["action_mask"]
-    learned = output.q_values.grad.abs().sum(-1) > 0
+    learned, within = output.q_values.grad.abs().sum(-1) > 0, 0
     assert torch.equal(learned, action | first) and (~learned).sum() > 2 * learned.sum()
     for k in range(int(turn.max()) + 1):
         whole, begun = judged.returns[turn == k], judged.returns[(turn == k) & action]
@@ -237,6 +237,11 @@ def test_the_critic_may_learn_the_action_alone(critic_type, tmp_path):
         torch.testing.assert_close(before, before[-1:].expand_as(before))
         assert not torch.isclose(before[-1], begun[0], rtol=1e-3), "the state before the action bootstraps"
         assert len(begun) > 1 and not torch.isclose(begun[0], begun[-1], rtol=1e-3), "the action's tokens bootstrap"
+        if k and turns["turn_segment"][k] == turns["turn_segment"][k - 1]:
+            ended, followed = judged.returns[turn == k - 1][-1], turns["turn_reward"][k - 1] + 0.9 * before[0]
+            torch.testing.assert_close(ended, followed)  # not from the next turn's first token either
+            within += 1
+    assert within
     trainer.train()
     assert all(math.isfinite(entry["q_loss"]) for entry in step_logs(trainer))
 

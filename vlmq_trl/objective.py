@@ -65,7 +65,12 @@ def critic_losses(
     padded = torch.cat([losses.denormalize(bootstrap.float(), mean, std), values.new_zeros(1)])
     next_values[is_segment_end] = padded[source]
 
-    lambdas = torch.where(is_turn_end, args.turn_lambda, args.token_lambda)
+    enters_turn = is_turn_end
+    if args.critic_scope == "action":
+        # A turn's state is what has been read when it comes to its action.
+        in_action = turns["action_mask"]
+        enters_turn = in_action.roll(-1) & (is_turn_end | ~in_action)
+    lambdas = torch.where(enters_turn, args.turn_lambda, args.token_lambda)
     behavior = turns.get("behavior_log_probs")
     if behavior is None:  # none recorded in this batch
         behavior = torch.full_like(output.log_probs, torch.nan)
@@ -74,9 +79,10 @@ def critic_losses(
         lambdas = lambdas * trace.roll(-1)
     learned: Tensor | slice = slice(None)
     if args.critic_scope == "action":
-        # What stands before the action is passed over: no state in it has a value, and nothing bootstraps there.
-        learned = turns["action_mask"] | is_turn_start
-        lambdas = torch.where(learned.roll(-1), lambdas, 1.0)
+        # What stands before the action is passed over. The first token's state only has a value for segments that
+        # bootstrap from it: nothing of their turn was read yet.
+        learned = in_action | is_turn_start
+        lambdas = torch.where(in_action.roll(-1), lambdas, 1.0)
     returns = packed_returns(
         segment,
         rewards=torch.where(is_turn_end, turns["turn_reward"][turn_of_token], 0.0),

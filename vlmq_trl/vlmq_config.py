@@ -59,9 +59,10 @@ class VLMQConfig(SFTConfig):
             Weight of the vocabulary-wide critic's conservative term, within the critic's loss.
         critic_scope (`str`, *optional*, defaults to `"response"`):
             `"response"` teaches the critic every token; `"action"`, where the filter has that scope too or there is no
-            filter, those from where the response comes to its action, and the turn's first, which the turn before
-            bootstraps from. A reading of the state, whose tokens all have the same return, is passed over. The sum is
-            still divided by all tokens, so that a larger `critic_coef` belongs to it.
+            filter, those from where the response comes to its action, and the turn's first, which a segment that ends
+            there bootstraps from. A reading of the state, whose tokens all have the same return, is passed over; the
+            turn before it bootstraps from its end, with `turn_lambda`. The sum is still divided by all tokens, so that
+            a larger `critic_coef` belongs to it.
         target_tau (`float`, *optional*, defaults to `0.05`):
             Step of the target heads towards the online heads, each update.
         target_aggregation (`str`, *optional*, defaults to `"mean"`):

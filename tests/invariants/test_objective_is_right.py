@@ -65,9 +65,9 @@ def response_tokens(trainer, turn) -> list[SimpleNamespace]:
     for place, number in enumerate(response):
         position, token = len(start) + place, SimpleNamespace(is_first=place == 0)
         token.is_action = reached[place] or not reached[-1]  # all of a response that never comes to its action
-        token.reward, token.discount, token.decay = 0.0, args.token_gamma, args.token_lambda
-        if place == len(response) - 1:
-            token.reward, token.decay = turn["reward"], args.turn_lambda
+        token.reward, token.discount, token.is_last = 0.0, args.token_gamma, place == len(response) - 1
+        if token.is_last:
+            token.reward = turn["reward"]
             token.discount = 0.0 if turn["terminated"] else args.gamma
         token.log_prob = float(log_policy[position - 1, number])
         token.trace = math.exp(token.log_prob)
@@ -99,7 +99,7 @@ def objective(trainer, data, segments) -> tuple[list[float], list[float], float]
     std = math.sqrt(trainer.model.critic.target_variance)
     returns, advantages, loss = [], [], 0.0
     for segment in segments:
-        last, next_value, next_trace, next_is_learned, backwards = data[segment[-1]], 0.0, 1.0, True, []
+        last, next_value, next_trace, next_is_state, backwards = data[segment[-1]], 0.0, 1.0, True, []
         if not last["terminated"]:
             prompt = last["final_prompt"] if last["truncated"] else data[segment[-1] + 1]["prompt"]
             # Any completion will do: the state at the end of the prompt does not depend on it.
@@ -107,10 +107,12 @@ def objective(trainer, data, segments) -> tuple[list[float], list[float], float]
         next_return = next_value
         tokens = [token for row in segment for token in response_tokens(trainer, data[row])]
         for token in reversed(tokens):
-            decay = token.decay * next_trace if next_is_learned else 1.0
+            # A turn's state is the prompt, or with `critic_scope="action"` what was read when the action comes.
+            leaves_turn = token.is_last or (args.critic_scope == "action" and not token.is_action)
+            decay = (args.turn_lambda if leaves_turn else args.token_lambda) * next_trace if next_is_state else 1.0
             next_return = token.reward + token.discount * ((1 - decay) * next_value + decay * next_return)
             next_value, next_trace = token.target_v * std + mean, token.trace
-            next_is_learned = args.critic_scope == "response" or token.is_action or token.is_first
+            next_is_state = args.critic_scope == "response" or token.is_action
             backwards.append(next_return)
         for token, token_return in zip(tokens, reversed(backwards), strict=True):
             usual = fmean(v for _, v, _ in token.online) if args.critic_type == "scalar" else token.target_v
