@@ -4,6 +4,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import pytest
 import textworld
 
 from vlmq_trl import collect_demonstrations, play_episodes
-from vlmq_trl.agent_format import PlainFormat
+from vlmq_trl.agent_format import PlainFormat, default_format
 from vlmq_trl.envs import DOMAINS, make_demonstrator
 from vlmq_trl.envs.alfworld import DOMAIN, SIZES, TASKS, ALFWorld, Game, make_game, read_game, write_game
 from vlmq_trl.envs.alfworld.games import data_folder, find_games
@@ -458,8 +459,9 @@ def test_observations_show_nothing_that_was_not_seen(seed):
 
 def test_the_reading_follows_the_play():
     env = start("Heat", seed=0)
+    place = env.game.place
     assert env.state_text() == {"location": "middle of the room", "carrying": "nothing", "visible": "nothing"}
-    assert env.script.thoughts() == "apple out of sight"
+    assert env.script.thoughts() == f"{place} elsewhere, apple out of sight"
     for action, location, carrying, visible, thought in (
         ("go to sinkbasin 1", "sinkbasin 1", "nothing", "apple 1", "apple 1 here"),
         ("take apple 1 from sinkbasin 1", "sinkbasin 1", "apple 1", "", "apple 1 carried"),
@@ -470,7 +472,47 @@ def test_the_reading_follows_the_play():
         env.step(action)
         reading = env.state_text()
         assert (reading["location"], reading["carrying"]) == (location, carrying)
-        assert visible in reading["visible"] and env.script.thoughts() == thought
+        assert visible in reading["visible"] and env.script.thoughts() == f"{place} elsewhere, {thought}"
+    env.step(env.script.expert())
+    assert env.script.thoughts() == f"{place} here, apple 1 carried"
+
+
+def test_in_look_the_lamp_is_where_it_was_seen():
+    """Not a receptacle: it stands on one."""
+    env = start("Look", seed=0)
+    told = [env.script.thoughts()]
+    while env.step(env.script.expert())[1] == 0:
+        told.append(env.script.thoughts())
+    assert told[0].startswith(f"{env.game.lamp} elsewhere, ") and told[-1].startswith(f"{env.game.lamp} here, ")
+
+
+def test_what_was_not_seen_yet_can_be_told():
+    """In the text and the reading: what lies in a closed receptacle was not seen."""
+    env = start("Clean", seed=0, unseen=True)
+    assert default_format(env).reading_fields == ("location", "carrying", "visible", "unseen")
+    assert "unseen" not in start("Clean", seed=0).state_text()
+    names, text = list(env.memory.places), env._observation()["text"]
+
+    def told():
+        found = re.search(r"\nNot seen yet: (.*)\.\nCommands: ", env._observation()["text"])
+        assert found.group(1) == env.state_text()["unseen"]
+        return [] if found.group(1) == "nothing" else found.group(1).split("; ")
+
+    assert told() == names and all(name in text.splitlines()[0] for name in names)
+    left, closed = list(names), 0
+    for name in names:
+        env.step(f"go to {name}")
+        if f"open {name}" in env.legal_actions:
+            assert told() == left
+            env.step(f"open {name}")
+            closed += 1
+        left.remove(name)
+        assert told() == left
+    assert closed and not left
+    full = [name for name in names if f"close {name}" in env.legal_actions and env.memory.places[name].things]
+    for name in full:
+        env.step(f"close {name}")
+        assert told() == []
 
 
 def test_names_are_sorted_by_number():

@@ -43,7 +43,7 @@ CASES = [
     Case("vlmq_trl/BabyAI-PutNextLocal-v0", {"view": "full", "effects": True, "tile_size": 8}, 4, 500),
     Case("vlmq_trl/BabyAI-UnlockPickup-v0", {"tile_size": 16}, episodes=3, strings=500),
     Case("vlmq_trl/ALFWorld-Pick-v0", episodes=4, strings=500),
-    Case("vlmq_trl/ALFWorld-v0", {"picture": False, "admissible": False}, episodes=2, strings=200),
+    Case("vlmq_trl/ALFWorld-v0", {"picture": False, "admissible": False, "unseen": True}, episodes=2, strings=200),
     Case("vlmq_trl/MiniWoB-click-test-2-v0", episodes=2, strings=30, equal_pictures=False),
     Case("vlmq_trl/MiniWoB-enter-text-v0", {"marks": True, "action_space": "both"}, 2, 20, equal_pictures=False),
     Case(FROZEN_LAKE, strings=300, policies=("random",)),

@@ -154,7 +154,7 @@ class EmbeddedRecipe:
             "learning_rate": 1.5e-3 if alfworld else 2e-3,
             "layers": 4 if alfworld else 3,
             "vocab_size": 2048 if self.wordy else 512,
-            "version": 3 if alfworld else 2,
+            "version": 4 if alfworld else 2,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -414,7 +414,7 @@ class _Lesson:
     Attributes:
         command_ids: what follows the reading, to the turn's end; empty where no command is taught.
         thoughts: where each reading's thoughts begin, as an index of its tokens.
-        endings: the rows of the readings whose last word is the same, for each such word.
+        endings: the rows of the readings whose thoughts' clauses end with the same words, for each such words.
         names: [2, N] tokens of the N words that readings copy from their prompts (`_names`).
         digits: [9] tokens of 1 to 9.
     """
@@ -466,7 +466,8 @@ class _Lesson:
             readings.append(tokens(row["reading"]))
             answers.append([] if row["command"] is None else tokens(f'{row["command"]}"}}{END_TOKEN}'))
             thoughts.append(len(tokens(before + mark)))
-            endings.setdefault(thought.partition('"')[0].rpartition(" ")[2], []).append(i)
+            clauses = thought.partition('"')[0].split(", ")
+            endings.setdefault(", ".join(clause.rpartition(" ")[2] for clause in clauses), []).append(i)
         return cls(
             game,
             prompt_ids,
@@ -507,8 +508,8 @@ class _Lesson:
         return new[ids].tolist()
 
     def drill(self, rng: np.random.Generator, count: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Readings alone, all with exchanged names, each last word equally often; labels from the thoughts on, but on
-        no name that was not named before."""
+        """Readings alone, all with exchanged names, each ending equally often; labels from behind the thoughts'
+        first name on, but on no name that was not named before."""
         endings = rng.integers(len(self.endings), size=count)
         rows = [int(rng.choice(self.endings[ending])) for ending in endings]
         ids = [self._exchanged(self.reading_ids[row], self.reading_ids[row], rng) for row in rows]
@@ -516,7 +517,7 @@ class _Lesson:
         names = {token: name for form in self.names.tolist() for name, token in enumerate(form)}
         for asked, tokens, start in zip(labels, ids, (self.thoughts[row] for row in rows), strict=True):
             known = {names[token] for token in tokens[:start] if token in names}
-            for t in range(start, len(tokens)):
+            for t in range(start + 1, len(tokens)):  # not on the first, which the prompt tells
                 if tokens[t] not in names or names[tokens[t]] in known:
                     asked[t] = tokens[t]
         return {k: v.to(device) for k, v in self._padded(ids, labels).items()}

@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "about": "Find an object in a small household and put it where the goal says, within 12 turns.",
         "arguments": {
             "env_id": "vlmq_trl/ALFWorld-Pick-v0",
-            "env_options": ["max_turns=12", "data=own"],
+            "env_options": ["max_turns=12", "data=own", "unseen=True"],
             "policy": "flawed:0.5",
             "episodes": 1000,
             # The limit is how an episode fails, and what an action is worth shows at the episode's end alone.

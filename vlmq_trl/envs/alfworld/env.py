@@ -40,6 +40,8 @@ class ALFWorld(TextActionEnv):
         split: of the data set: "train", "valid_seen" or "valid_unseen".
         size: of own households: "small" (5 to 7 receptacles), "medium" (8 to 10) or "large" (12 to 15).
         admissible: the text lists the admissible commands.
+        unseen: the text and the reading list the receptacles whose inside was not seen yet, as the picture shows them:
+            for agents that have neither a picture nor a memory, or read text better.
         picture: False leaves the picture out.
         frames: takes the place of the drawing: a function of this environment that returns uint8 [300, 300, 3], asked
             at each reset and after each turn, such as one that drives ai2thor along.
@@ -59,7 +61,7 @@ class ALFWorld(TextActionEnv):
         folder: of the data set; None for own households.
     """
 
-    reading_fields = ("location", "carrying", "visible")
+    reading_fields: tuple[str, ...] = ("location", "carrying", "visible")
     reset_options = ("game",)
     text_length = 8192
 
@@ -70,6 +72,7 @@ class ALFWorld(TextActionEnv):
         split: str = "train",
         size: str = "small",
         admissible: bool = True,
+        unseen: bool = False,
         picture: bool = True,
         frames: Callable[[ALFWorld], NDArray[np.uint8]] | None = None,
         max_turns: int | None = 50,
@@ -88,7 +91,9 @@ class ALFWorld(TextActionEnv):
             raise ValueError("ALFWorld: frames gives pictures, so picture must not be False")
         DOMAIN.require()
         self.task_name, self.size, self.admissible, self.frames = task, size, admissible, frames
-        self.max_turns = max_turns
+        self.unseen, self.max_turns = unseen, max_turns
+        if unseen:
+            self.reading_fields = (*self.reading_fields, "unseen")
         self.picture_size = (drawing.SIZE, drawing.SIZE) if picture else None
         super().__init__(render_mode, invalid_penalty, on_invalid)
         self.folder = data_folder() if data is None else None if data == OWN else str(data)
@@ -155,8 +160,12 @@ class ALFWorld(TextActionEnv):
         return (1.0, True, False) if self._engine.won else (0.0, False, False)
 
     def _text(self) -> str:
+        unseen = f"\nNot seen yet: {self._unseen()}." if self.unseen else ""
         listed = f"\nCommands: {'; '.join(self.legal_actions or ())}." if self.admissible else ""
-        return (self._feedback + listed)[: self.text_length]
+        return (self._feedback + unseen + listed)[: self.text_length]
+
+    def _unseen(self) -> str:
+        return "; ".join(self.memory.unseen()) or "nothing"
 
     def _picture(self) -> NDArray[np.uint8]:
         if self.frames is None:
@@ -167,7 +176,7 @@ class ALFWorld(TextActionEnv):
         return frame
 
     def state_text(self) -> dict[str, str]:
-        return self.memory.reading()
+        return {**self.memory.reading(), **({"unseen": self._unseen()} if self.unseen else {})}
 
     def _make_script(self) -> Script:
         from vlmq_trl.envs.alfworld.scripts import ALFWorldScript

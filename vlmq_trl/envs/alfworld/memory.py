@@ -99,6 +99,10 @@ class Memory:
         """The objects that were seen where the agent stands, in what is not closed."""
         return [t for n in self.here if not self.places[n].closed for t in self.places[n].things]
 
+    def unseen(self) -> list[str]:
+        """The receptacles whose inside was not seen yet."""
+        return [name for name, place in self.places.items() if not place.looked or (place.closed and not place.things)]
+
     def reading(self) -> dict[str, str]:
         """Where the agent stands, what it carries and what it sees there."""
         seen = {name: place for name in self.here if (place := self.places[name]).looked or place.things}

@@ -26,6 +26,11 @@ def _undoes(command: str, last: str) -> bool:
     return (last_verb, verb) == ("take", "move") and last_rest.split(" from ") == rest.split(" to ")
 
 
+def _kind(name: str) -> str:
+    """Of an object or receptacle: "mug" of "mug 1"."""
+    return name.rpartition(" ")[0]
+
+
 class ALFWorldScript(Script):
     env: ALFWorld
 
@@ -62,13 +67,18 @@ class ALFWorldScript(Script):
         return right
 
     def thoughts(self) -> str:
-        """The wanted object and whether it is there: "mug 1 here", "mug 1 carried" or "mug out of sight".
+        """Whether the agent is where the wanted object belongs (in Look, where the lamp is), and where that object is:
+        "shelf here, mug 1 carried", "shelf elsewhere, mug 1 here" or "shelf elsewhere, mug out of sight".
 
-        Its name comes first, and its number only where it is seen: what follows can be looked up by the name.
+        Names come first, and the object's number only where it is seen: what follows can be looked up by the name.
         """
-        target, memory = self.env.game.target, self.env.memory
-        if memory.carrying.rpartition(" ")[0] == target:
-            return f"{memory.carrying} carried"
-        here = (thing for thing in sorted(memory.in_sight(), key=by_number) if thing.rpartition(" ")[0] == target)
-        seen = next(here, None)
-        return f"{seen} here" if seen else f"{target} out of sight"
+        game, memory = self.env.game, self.env.memory
+        sight = sorted(memory.in_sight(), key=by_number)
+        goal = game.place or game.lamp
+        there = goal in map(_kind, (*memory.here, *sight))
+        status = f"{game.target} out of sight"
+        if _kind(memory.carrying) == game.target:
+            status = f"{memory.carrying} carried"
+        elif seen := [thing for thing in sight if _kind(thing) == game.target]:
+            status = f"{seen[0]} here"
+        return f"{goal} {'here' if there else 'elsewhere'}, {status}"
