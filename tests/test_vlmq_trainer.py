@@ -229,6 +229,9 @@ def test_the_critic_may_learn_the_action_alone(critic_type, tmp_path):
     first = torch.ones_like(turn, dtype=torch.bool)
     first[1:] = turn[1:] != turn[:-1]
     action = turns["action_mask"]
+    values = output.state_values if critic_type == "scalar" else output.target_state_values
+    begins = action & (first | ~action.roll(1))
+    torch.testing.assert_close(judged.turn_values, values.detach().mean(-1)[begins])
     learned, within = output.q_values.grad.abs().sum(-1) > 0, 0
     assert torch.equal(learned, action | first) and (~learned).sum() > 2 * learned.sum()
     for k in range(int(turn.max()) + 1):

@@ -24,7 +24,7 @@ class CriticLosses:
         parts: scalars by name, each summed over the A tokens, or those of `critic_scope`, and averaged over N.
         advantage: [A] Q_target(s_t, a_t) - V(s_t), normalised, no gradient.
         returns: [A] the critic's targets, in units of the rewards, no gradient.
-        turn_values: [R] V at each turn's first action token, normalised, no gradient.
+        turn_values: [R] V at each turn's first token, or of `critic_scope`, normalised, no gradient.
     """
 
     parts: dict[str, Tensor]
@@ -65,6 +65,7 @@ def critic_losses(
     padded = torch.cat([losses.denormalize(bootstrap.float(), mean, std), values.new_zeros(1)])
     next_values[is_segment_end] = padded[source]
 
+    # The tokens behind which a turn's state lies, which the turn before bootstraps from.
     enters_turn = is_turn_end
     if args.critic_scope == "action":
         # A turn's state is what has been read when it comes to its action.
@@ -108,7 +109,7 @@ def critic_losses(
         )
         parts = {"q": q_loss, "conservative": args.conservative_coef * conservative}
         state_values = target_v
-    return CriticLosses(parts, losses.advantages(target_q, state_values), returns, state_values[is_turn_start])
+    return CriticLosses(parts, losses.advantages(target_q, state_values), returns, state_values[enters_turn.roll(1)])
 
 
 def packed_returns(segment: Tensor, **tokens: Tensor) -> Tensor:
