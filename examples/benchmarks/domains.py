@@ -59,12 +59,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "env_id": "vlmq_trl/ALFWorld-Pick-v0",
             "env_options": ["max_turns=12", "data=own", "unseen=True"],
             "policy": "flawed:0.5",
-            "episodes": 1000,
-            # The limit is how an episode fails, and what an action is worth shows at the episode's end alone.
+            "episodes": 2000,
+            # The limit is how an episode fails.
             "bootstrap_truncated": False,
             "segment_length": 12,
             "token_lambda": 1.0,
-            "turn_lambda": 1.0,
+            # All turns of an episode share its outcome: the critic learns sooner from its own values.
+            "turn_lambda": 0.3,
+            "critic_warmup_steps": 200,
             # The readings are right; the actions are what is flawed. A binary filter would drop most of their tokens.
             "filter": "exp",
             "filter_temperature": 0.1,
@@ -74,7 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "critic_coef": 10.0,
             # Commands are several words; after one that is none, the household does not even say where one is.
             "legal_actions_only": True,
-            "max_steps": 1200,
+            "max_steps": 1000,
             "eval_steps": 200,
             "eval_episodes": 100,
             "max_completion_length": 96,
