@@ -589,6 +589,17 @@ def test_the_action_s_tokens_are_marked():
     assert "action_mask" not in VLMQDataCollator(processor)(data.__getitems__([0]))
 
 
+def test_a_response_that_is_cut_off_where_its_action_would_begin_has_a_state():
+    """Without a token behind it, as in templates that end a turn by none: its turn still has a value."""
+    _, processor = tiny_models.build("idefics3")
+    json_cot = make_format("json_cot")
+    collator = VLMQDataCollator(processor, action_format=json_cot)
+    tokens = processor.tokenizer('{"thoughts": "so", "action":', add_special_tokens=False)["input_ids"]
+    assert json_cot.reaches_action(processor.tokenizer.decode(tokens))
+    assert not json_cot.reaches_action(processor.tokenizer.decode(tokens[:-1]))
+    assert collator._action_start(json_cot, tokens) == len(tokens) - 1
+
+
 def test_too_many_behaviour_log_probabilities():
     _, tokenizer = tiny_models.build("llama")
     count = len(tokenizer(ANSWERS[1])["input_ids"]) + 1

@@ -253,7 +253,8 @@ class VLMQDataCollator:
         return batch
 
     def _action_start(self, action_format: AgentFormat, tokens: list[int]) -> int:
-        """The first token that a response chooses once it has come to its action; all of them if it never does."""
+        """The first token that a response chooses once it has come to its action, or its last where it ends there; all
+        of them if it never does."""
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
 
         def reached(count: int) -> bool:
@@ -261,7 +262,7 @@ class VLMQDataCollator:
 
         if not reached(len(tokens)):
             return 0
-        return bisect.bisect_left(range(len(tokens)), True, key=reached)
+        return bisect.bisect_left(range(len(tokens) - 1), True, key=reached)
 
     def tokenize(self, rows: list[tuple[list[dict], list | None, list[dict] | None]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` [B, T] and the family's own tensors of rows: prompt, images and
