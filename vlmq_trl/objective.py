@@ -24,7 +24,8 @@ class CriticLosses:
         parts: scalars by name, each summed over the A tokens, or those of `critic_scope`, and averaged over N.
         advantage: [A] Q_target(s_t, a_t) - V(s_t), normalised, no gradient.
         returns: [A] the critic's targets, in units of the rewards, no gradient.
-        turn_values: [R] V at each turn's first token, or of `critic_scope`, normalised, no gradient.
+        turn_values: [R] V at each turn's first token, or with `critic_scope="action"` at its action's first;
+            normalised, no gradient.
     """
 
     parts: dict[str, Tensor]
@@ -65,12 +66,11 @@ def critic_losses(
     padded = torch.cat([losses.denormalize(bootstrap.float(), mean, std), values.new_zeros(1)])
     next_values[is_segment_end] = padded[source]
 
-    # The tokens behind which a turn's state lies, which the turn before bootstraps from.
-    enters_turn = is_turn_end
-    if args.critic_scope == "action":
-        # A turn's state is what has been read when it comes to its action.
-        in_action = turns["action_mask"]
-        enters_turn = in_action.roll(-1) & (is_turn_end | ~in_action)
+    # With `critic_scope="action"` a turn's state is what has been read when it comes to its action. What stands before
+    # is passed over; the first token's state only has a value for segments that bootstrap from it.
+    in_scope = turns["action_mask"] if args.critic_scope == "action" else torch.ones_like(is_turn_end)
+    learned = in_scope | is_turn_start
+    enters_turn = in_scope.roll(-1) & (is_turn_end | ~in_scope)
     lambdas = torch.where(enters_turn, args.turn_lambda, args.token_lambda)
     behavior = turns.get("behavior_log_probs")
     if behavior is None:  # none recorded in this batch
@@ -78,12 +78,7 @@ def critic_losses(
     trace = losses.trace_coefficients(output.log_probs, behavior, args.off_policy_trace)
     if trace is not None:
         lambdas = lambdas * trace.roll(-1)
-    learned: Tensor | slice = slice(None)
-    if args.critic_scope == "action":
-        # What stands before the action is passed over. The first token's state only has a value for segments that
-        # bootstrap from it: nothing of their turn was read yet.
-        learned = in_action | is_turn_start
-        lambdas = torch.where(in_action.roll(-1), lambdas, 1.0)
+    lambdas = torch.where(in_scope.roll(-1), lambdas, 1.0)
     returns = packed_returns(
         segment,
         rewards=torch.where(is_turn_end, turns["turn_reward"][turn_of_token], 0.0),

@@ -20,9 +20,10 @@ def by_number(name: str) -> tuple[str, int]:
 
 @dataclass
 class Place:
-    """A receptacle: whether it was looked at, was found closed, and what was seen in it."""
+    """A receptacle: whether it was looked at, and into, was found closed, and what was seen in it."""
 
     looked: bool = False
+    seen: bool = False
     closed: bool = False
     things: set[str] = field(default_factory=set)
 
@@ -80,6 +81,7 @@ class Memory:
         place.looked = True
         place.closed = ("openable", name) in facts and ("opened", name) not in facts
         if not place.closed:
+            place.seen = True
             place.things = {fact[1] for fact in facts if fact[0] == "inreceptacle" and fact[2] == name}
 
     def _mark(self, thing: str, mark: str, gone: str = "") -> None:
@@ -101,7 +103,7 @@ class Memory:
 
     def unseen(self) -> list[str]:
         """The receptacles whose inside was not seen yet."""
-        return [name for name, place in self.places.items() if not place.looked or (place.closed and not place.things)]
+        return [name for name, place in self.places.items() if not place.seen]
 
     def reading(self) -> dict[str, str]:
         """Where the agent stands, what it carries and what it sees there."""
