@@ -36,6 +36,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -645,7 +646,11 @@ def load_data(script: AgentArguments, args: VLMQConfig, agent_format: AgentForma
         max_env_failures=args.max_env_failures,
     )
     if agent_format is None and args.process_index == 0:
-        save_trajectories(dataset, kept)
+        try:
+            save_trajectories(dataset, kept)
+        except OSError as error:  # a full disk: whether training finds room, `check_space` says
+            message = f"The collected data is not kept in {kept} ({error}): to go on, it is collected again."
+            warnings.warn(message, stacklevel=2)
     return dataset
 
 

@@ -261,6 +261,17 @@ def test_collected_data_is_kept(model_name, tmp_path, monkeypatch):
             data(**others)
 
 
+def test_data_that_cannot_be_kept_is_trained_on(model_name, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_agent, "save_trajectories", full)
+    argv = flags(**SMALL, model_name_or_path=model_name, output_dir=tmp_path)
+    with pytest.warns(UserWarning, match="is not kept in .*data-.* No space left on device"):
+        data = train_agent.load_data(*train_agent.parse(argv)[:2])
+    assert len(set(data["episode_id"])) == SMALL["episodes"]
+
+
 def test_methods_are_added(model_name, tmp_path, monkeypatch):
     """In the same list or by themselves, also to a run that was interrupted in another method's training."""
     arguments = {**SMALL, "max_steps": 1, "before_episodes": 0, "model_name_or_path": model_name, "disable_tqdm": True}
