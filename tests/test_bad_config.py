@@ -67,6 +67,7 @@ BROKEN_CONFIGS = [
     ({"filter": "soft"}, "must be one of ('binary', 'exp', 'none')"),
     ({"filter_scope": "thoughts"}, "must be one of ('response', 'action')"),
     ({"critic_scope": "thoughts"}, "must be one of ('response', 'action')"),
+    ({"advantage_estimator": "gae"}, "must be one of ('q', 'return')"),
     ({"critic_scope": "action"}, "Set `filter_scope='action'` too"),
     ({"filter_threshold": NAN}, "`filter_threshold=nan`: it must be a finite number"),
     ({"filter_temperature": 0.0}, "`filter_temperature=0.0`: it must be positive"),

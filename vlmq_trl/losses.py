@@ -15,6 +15,7 @@ from torch import Tensor
 
 FILTERS = ("binary", "exp", "none")
 FILTER_SCOPES = ("response", "action")
+ADVANTAGE_ESTIMATORS = ("q", "return")
 THOUGHT_FILTERS = ("none", "reference")
 TRACES = ("none", "retrace", "tree_backup")
 
@@ -154,7 +155,7 @@ def aggregate_ensemble(values: Tensor, how: str) -> Tensor:
 
 
 def advantages(q_values: Tensor, state_values: Tensor) -> Tensor:
-    """A_t = Q_target(s_t, a_t) - V(s_t), detached. Element-wise on [A]."""
+    """A_t = Q_target(s_t, a_t) - V(s_t), detached; or G_t - V(s_t) (AWR, arXiv 1910.00177). Element-wise on [A]."""
     return (q_values - state_values).detach()
 
 

@@ -22,7 +22,8 @@ class CriticLosses:
 
     Args:
         parts: scalars by name, each summed over the A tokens, or those of `critic_scope`, and averaged over N.
-        advantage: [A] Q_target(s_t, a_t) - V(s_t), normalised, no gradient.
+        advantage: [A] Q_target(s_t, a_t) - V(s_t), or with `advantage_estimator="return"` G_t - V(s_t); normalised,
+            no gradient.
         returns: [A] the critic's targets, in units of the rewards, no gradient.
         turn_values: [R] V at each turn's first token, or with `critic_scope="action"` at its action's first;
             normalised, no gradient.
@@ -104,7 +105,8 @@ def critic_losses(
         )
         parts = {"q": q_loss, "conservative": args.conservative_coef * conservative}
         state_values = target_v
-    return CriticLosses(parts, losses.advantages(target_q, state_values), returns, state_values[enters_turn.roll(1)])
+    taken = target_q if args.advantage_estimator == "q" else targets
+    return CriticLosses(parts, losses.advantages(taken, state_values), returns, state_values[enters_turn.roll(1)])
 
 
 def packed_returns(segment: Tensor, **tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from .critic import CRITIC_TYPES, CriticConfig
-from .losses import FILTER_SCOPES, FILTERS, THOUGHT_FILTERS, TRACES
+from .losses import ADVANTAGE_ESTIMATORS, FILTER_SCOPES, FILTERS, THOUGHT_FILTERS, TRACES
 
 
 @dataclass
@@ -75,6 +75,11 @@ class VLMQConfig(SFTConfig):
         filter (`str`, *optional*, defaults to `"binary"`):
             `"binary"` 1[A > threshold], `"exp"` clipped exp(A / temperature), `"none"` (plain SFT). Advantages are in
             units of the targets' standard deviation.
+        advantage_estimator (`str`, *optional*, defaults to `"q"`):
+            `"q"`: A = Q(s, a) - V(s), what the critic thinks of the action. `"return"`: A = G - V(s), what came of it
+            in the data, where `turn_lambda` below 1 takes V of the next state for what came later (AWR, arXiv
+            1910.00177). For actions that differ by a name alone, which Q learns late to tell apart; where the
+            environment has chance, it takes luck for skill.
         filter_threshold (`float`, *optional*, defaults to `0.0`):
             Threshold of the binary filter.
         filter_temperature (`float`, *optional*, defaults to `0.3`):
@@ -239,6 +244,9 @@ class VLMQConfig(SFTConfig):
 
     # Filter
     filter: str = field(default="binary", metadata={"help": "Token filter.", "choices": list(FILTERS)})
+    advantage_estimator: str = field(
+        default="q", metadata={"help": "What V is subtracted from.", "choices": list(ADVANTAGE_ESTIMATORS)}
+    )
     filter_threshold: float = field(default=0.0, metadata={"help": "Threshold of the binary filter."})
     filter_temperature: float = field(default=0.3, metadata={"help": "Temperature of the exponential filter."})
     filter_max_weight: float = field(default=20.0, metadata={"help": "Largest weight of the exponential filter."})
@@ -432,6 +440,8 @@ class VLMQConfig(SFTConfig):
         self._require(0 < self.value_expectile < 1, "value_expectile", "must lie strictly between 0 and 1")
         self._require(self.filter in FILTERS, "filter", f"must be one of {FILTERS}")
         self._require(self.filter_scope in FILTER_SCOPES, "filter_scope", f"must be one of {FILTER_SCOPES}")
+        known = self.advantage_estimator in ADVANTAGE_ESTIMATORS
+        self._require(known, "advantage_estimator", f"must be one of {ADVANTAGE_ESTIMATORS}")
         self._require(self.critic_scope in FILTER_SCOPES, "critic_scope", f"must be one of {FILTER_SCOPES}")
         if self.critic_scope == "action" and self.filter != "none" and self.filter_scope != "action":
             raise ValueError(

@@ -28,6 +28,7 @@ CASES = {
     "scalar": {"num_critics": 4, "off_policy_trace": "retrace"},
     "vocab": {"critic_type": "vocab", "num_critics": 3, "conservative_coef": 0.3, **TREE_BACKUP},
     "action": {"filter_scope": "action", "critic_scope": "action", "value_expectile": 0.3, **TREE_BACKUP},
+    "return": {"filter_scope": "action", "critic_scope": "action", "advantage_estimator": "return"},
 }
 
 
@@ -70,7 +71,7 @@ def response_tokens(trainer, turn) -> list[SimpleNamespace]:
             token.reward = turn["reward"]
             token.discount = 0.0 if turn["terminated"] else args.gamma
         token.log_prob = float(log_policy[position - 1, number])
-        token.trace = math.exp(token.log_prob)
+        token.trace = 1.0 if args.off_policy_trace == "none" else math.exp(token.log_prob)
         if args.off_policy_trace == "retrace" and place < len(turn["behavior_logprobs"] or []):
             token.trace = min(1.0, math.exp(token.log_prob - turn["behavior_logprobs"][place]))
         seen = (states[position - 1], states[position], log_policy[position - 1].exp(), number)
@@ -116,11 +117,12 @@ def objective(trainer, data, segments) -> tuple[list[float], list[float], float]
             backwards.append(next_return)
         for token, token_return in zip(tokens, reversed(backwards), strict=True):
             usual = fmean(v for _, v, _ in token.online) if args.critic_type == "scalar" else token.target_v
-            advantage = token.target_q - usual
+            target = (token_return - mean) / std
+            advantage = (target if args.advantage_estimator == "return" else token.target_q) - usual
             weight = min(math.exp(advantage / args.filter_temperature), args.filter_max_weight)
             loss -= token.log_prob * (weight if args.filter_scope == "response" or token.is_action else 1.0)
             if args.critic_scope == "response" or token.is_action or token.is_first:
-                loss += args.critic_coef * critic_loss(args, token, (token_return - mean) / std)
+                loss += args.critic_coef * critic_loss(args, token, target)
             returns.append(token_return)
             advantages.append(advantage)
     return returns, advantages, loss / len(returns)
