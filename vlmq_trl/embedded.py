@@ -53,6 +53,7 @@ OTHER_LESSON_STEPS = 800
 # Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
 WORDY = (ALFWORLD, "vlmq_trl/MiniWoB")
 ALFWORLD_CORPUS_STATES = 2048  # for the tokenizer: rare words are in few states
+ALFWORLD_LESSON_TURNS = 12  # of a household, whatever the run's own limit: so its lessons see many households
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
 # this size miscounts them; in ALFWorld it asks for help and inventories, whose texts hide where it is.
 EVERYONE = ("expert", "flawed", "random")
@@ -115,7 +116,8 @@ class EmbeddedRecipe:
         vocab_size: of the tokenizer; None takes 2,048 for ALFWorld and MiniWoB, whose states are mostly text, and 512
             otherwise.
         version: of the lessons. Where it differs, so do they.
-        env_kwargs: of the one environment in `games`, where they change what it shows or says.
+        env_kwargs: of the one environment in `games`, where they change what it shows or says. ALFWorld's `max_turns`
+            is always 12 here.
     """
 
     games: tuple[str, ...] = GAMES
@@ -159,6 +161,8 @@ class EmbeddedRecipe:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if alfworld and len(self.games) == 1:
+            object.__setattr__(self, "env_kwargs", {**self.env_kwargs, "max_turns": ALFWORLD_LESSON_TURNS})
 
     @property
     def wordy(self) -> bool:
