@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test surroundings: no network, one thread a process, caches and temporary files in a folder that goes away, fixed
-seeds.
+"""Test surroundings: no network, one thread a process, caches in a folder that goes away, fixed seeds.
 
 The environment variables must stand before torch and the Hugging Face libraries are imported, so they are set on
 import. pytest-xdist's workers inherit them, and so share one folder; the process that made it removes it.
@@ -28,10 +27,6 @@ os.environ.update(
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.mkdtemp(prefix="vlmq_trl_tests_")
     atexit.register(shutil.rmtree, _caches, ignore_errors=True)
-    os.environ["TMPDIR"] = tempfile.tempdir = os.path.join(
-        _caches, "tmp"
-    )  # launchers and the Hub's client leave files
-    os.mkdir(tempfile.tempdir)
     for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_METRICS_CACHE"):
         os.environ.pop(_name, None)  # each would override HF_HOME
     os.environ.update(

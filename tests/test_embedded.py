@@ -51,8 +51,13 @@ def test_points24_is_seen_in_more_image_tokens_and_states():
     assert [EmbeddedRecipe(games=(game,)).states for game in embedded.GAMES] == [6000, 6000, 12_000, 6000]
     assert EmbeddedRecipe(games=("Points24",), scale_factor=4).scale_factor == 4
     assert dataclasses.replace(SMALL, games=("Points24",)).scale_factor == 2  # as it was chosen
+
+
+def test_one_alfworld_reader_serves_every_turn_limit():
     readers = [EmbeddedRecipe(games=("vlmq_trl/ALFWorld-Pick-v0",), env_kwargs=k) for k in ({}, {"max_turns": 30})]
     assert readers[0] == readers[1]  # and so is the model that the cache keeps
+    unseen = EmbeddedRecipe(games=("vlmq_trl/ALFWorld-Pick-v0",), env_kwargs={"unseen": True})
+    assert unseen != readers[0]  # what is read stays part of it
 
 
 @pytest.fixture(scope="module")

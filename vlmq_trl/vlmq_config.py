@@ -78,7 +78,7 @@ class VLMQConfig(SFTConfig):
         advantage_estimator (`str`, *optional*, defaults to `"q"`):
             `"q"`: A = Q(s, a) - V(s), what the critic thinks of the action. `"return"`: A = G - V(s), what came of it
             in the data, where `turn_lambda` below 1 takes V of the next state for what came later (AWR, arXiv
-            1910.00177). For actions that differ by a name alone, which Q learns late to tell apart; where the
+            1910.00177). For actions that differ by a name alone, which Q may learn late to tell apart; where the
             environment has chance, it takes luck for skill.
         filter_threshold (`float`, *optional*, defaults to `0.0`):
             Threshold of the binary filter.

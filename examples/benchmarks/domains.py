@@ -133,7 +133,9 @@ def verdict(setting: str, mode: str) -> list[str]:
         return ["–", "not run"]
     margin = ours["rate"] - max(other["rate"] for other in others)
     apart = all(ours["low"] > other["high"] for other in others)
-    return [f"{100 * margin:+.1f}", "reached" if apart else "**missed**"]
+    fewest = min(level["seeds"] for level in (ours, *others))
+    so_far = "" if fewest == len(SEEDS) else f", {fewest} of {len(SEEDS)} seeds"
+    return [f"{100 * margin:+.1f}", ("reached" if apart else "**missed**") + so_far]
 
 
 def setting_section(setting: str) -> str:
@@ -149,7 +151,7 @@ def setting_section(setting: str) -> str:
         rows.append(["before training", *cells(pooled(before, "greedy")), *cells(pooled(before, "sampled")), ""])
     rows += [line(NAMES[variant], found) for variant, found in by_method.items()]
     arguments = described["arguments"]
-    own = "".join(f"; {NAMES[variant]}: {listed(values)}" for variant, values in described["methods"].items())
+    own = "".join(f"; {NAMES[v]}: {told}" for v, values in described["methods"].items() if (told := listed(values)))
     return (
         f"### {described['title']}\n\n{described['about']} {arguments['episodes']:,} episodes of "
         f"`{arguments['policy']}` play. Settings: {listed(arguments)}{own}.\n\n{markdown_table(HEADER, rows)}"
