@@ -5,8 +5,8 @@
 cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
 full response up to its action (`... "action": "`): the state read aloud and the neutral thoughts that follow from it,
 in states that scripted play visits, good and bad (`EVERYONE`). No action is in a loss, but in ALFWorld's lessons,
-which end with one of the admissible commands, drawn at random. The reading is verified on fresh states before the model
-is used, and the result is cached.
+which end with one of the admissible commands, drawn at random. The reading is verified on fresh states before the
+model is used, and the result is cached.
 
 The four games of Gym Cards have lessons that were tried; any other environment with pictures, `reading_fields` and a
 script can be taught by its Gymnasium id. What was left out: any download, any other task than reading.
