@@ -356,6 +356,20 @@ def test_the_domains_report(pages):
     assert "| BabyAI, GoToObj | +48.0 | reached |" in (pages / "docs" / "results.md").read_text()
 
 
+def test_the_domains_ablations_stand_beside_their_setting(pages):
+    by_return, by_q = (domains.DomainRun("ALFWorld-Pick", variant, 0) for variant in ("vlmq_scalar", "learned_q"))
+    differing = {name for name in by_q.arguments if by_q.arguments[name] != by_return.arguments[name]}
+    assert differing == {"advantage_estimator"}
+    common.write_json(by_return.path, made_up(by_return, 500))
+    domains.report()
+    assert "| Ablation |" not in (pages / "docs" / "results.md").read_text()
+    common.write_json(by_q.path, made_up(by_q, 400))
+    domains.report()
+    rows = (pages / "docs" / "results.md").read_text().partition("| Ablation |")[2].splitlines()
+    assert rows[2].startswith("| `advantage_estimator` return | **50.0**")
+    assert rows[3].startswith("| `advantage_estimator` q | **40.0**")
+
+
 # ---- online ----
 
 

@@ -89,10 +89,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 COMPARED = ("sft", "filtered_bc", "vlmq_scalar")
+# Of a setting: on top of its `vlmq_scalar`.
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {"ALFWorld-Pick": {"learned_q": {"advantage_estimator": "q"}}}
 
 
 class DomainRun(learning.LearningRun):
-    """Its variant is one of COMPARED."""
+    """Its variant is one of COMPARED or of its setting's ABLATIONS."""
 
     script = "domains.py"
 
@@ -102,11 +104,14 @@ class DomainRun(learning.LearningRun):
 
     @property
     def arguments(self) -> dict[str, Any]:
+        ablation = ABLATIONS.get(self.setting, {}).get(self.variant)
+        method = self.variant if ablation is None else "vlmq_scalar"
         return {
             **COMMON,
             **SETTINGS[self.setting]["arguments"],
-            **METHODS[self.variant],
-            **SETTINGS[self.setting]["methods"].get(self.variant, {}),
+            **METHODS[method],
+            **SETTINGS[self.setting]["methods"].get(method, {}),
+            **(ablation or {}),
             "seed": self.seed,
             "collection_seed": 100_000 * self.seed,
             "test_seed": 2_000_000 + 100_000 * self.seed,
@@ -115,7 +120,8 @@ class DomainRun(learning.LearningRun):
 
 def all_runs() -> list[DomainRun]:
     """Seed by seed, so that the first figures for everything come early."""
-    return [DomainRun(setting, variant, seed) for seed in SEEDS for setting in SETTINGS for variant in COMPARED]
+    variants = [(setting, variant) for setting in SETTINGS for variant in (*COMPARED, *ABLATIONS.get(setting, ()))]
+    return [DomainRun(setting, variant, seed) for seed in SEEDS for setting, variant in variants]
 
 
 # ---- the report ----
@@ -152,10 +158,16 @@ def setting_section(setting: str) -> str:
     rows += [line(NAMES[variant], found) for variant, found in by_method.items()]
     arguments = described["arguments"]
     own = "".join(f"; {NAMES[v]}: {told}" for v, values in described["methods"].items() if (told := listed(values)))
-    return (
+    text = (
         f"### {described['title']}\n\n{described['about']} {arguments['episodes']:,} episodes of "
         f"`{arguments['policy']}` play. Settings: {listed(arguments)}{own}.\n\n{markdown_table(HEADER, rows)}"
     )
+    for variant, other in ABLATIONS.get(setting, {}).items():
+        if ablated := finished(setting, variant):
+            as_is = {name: arguments[name] for name in other}
+            rows = [line(listed(as_is), by_method["vlmq_scalar"]), line(listed(other), ablated)]
+            text += f"\n\n{markdown_table(['Ablation', *HEADER[1:]], rows)}"
+    return text
 
 
 def report() -> None:
