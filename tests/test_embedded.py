@@ -2,6 +2,7 @@
 """`embedded.py`: the tiny model is built from its seed alone, taught to read and never to act, verified, cached."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmq_trl import EmbeddedRecipe, embedded, load_embedded_model
 from vlmq_trl.agent_format import default_format
+from vlmq_trl.envs import NumberLine
 from vlmq_trl.envs.demonstrators import make_demonstrator
 
 SMALL = EmbeddedRecipe(
@@ -213,6 +215,23 @@ def test_a_model_that_does_not_read_is_refused(tmp_path):
     assert json.loads((kept / "reading.json").read_text())["reading_accuracy"] == accuracy
     opened = AutoModelForImageTextToText.from_pretrained(kept).state_dict()
     assert all(torch.equal(x, opened[name]) for name, x in model.state_dict().items())
+
+
+def test_an_environment_that_fails_in_a_lesson_costs_no_other_episode(monkeypatch):
+    reset, resets = NumberLine.reset, itertools.count()
+
+    def failing(env, seed):
+        if next(resets) % often == 0:
+            raise OSError("the simulator is gone")
+        return reset(env, seed=seed)
+
+    monkeypatch.setattr(NumberLine, "reset", failing)
+    often = 3
+    with pytest.warns(UserWarning, match="NumberLine failed in a reading lesson.*: the simulator is gone"):
+        assert len(embedded._states("NumberLine", 40, seed=0)) == 40
+    often = 1
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="is gone"):
+        embedded._states("NumberLine", 40, seed=0)
 
 
 def test_what_was_learned_by_heart_takes_more_states(tmp_path, monkeypatch):

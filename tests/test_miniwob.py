@@ -588,6 +588,15 @@ def test_a_killed_browser_is_said_and_replaced(play):
     assert env.step(env.script.expert())[1:3] == (1.0, True)
 
 
+def test_a_page_that_loads_slowly_is_waited_for(play):
+    env = play("click-test")
+    main = chromium()
+    main.suspend()
+    threading.Timer(8, main.resume).start()  # BrowserGym would have waited for five seconds
+    env.reset(seed=1)
+    assert chromium().pid == main.pid
+
+
 def test_a_killed_driver_is_replaced(play):
     env = play("click-test-2")
     (profile,) = [part for part in chromium().cmdline() if part.startswith("--user-data-dir=")]

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -64,6 +65,7 @@ PURPOSEFUL_GAMES = ("Points24", ALFWORLD)
 # lessons, and soon from readings without prompt and picture: these drills come first, and go along with the lessons.
 DRILL_STEPS, DRILL_ROWS, DRILL_WEIGHT = 1000, 96, 0.2
 EXAM_STATES = 300
+MAX_ENV_FAILURES = 5  # in a row; what a failed episode had shown is kept
 EXTRA_COURSES = 2  # at most, for a model that does not read well enough after the first
 IMAGE_TOKEN, END_TOKEN = "<image>", "<end_of_turn>"
 CHAT_TEMPLATE = (
@@ -387,26 +389,36 @@ def _states(
     rows: list[dict[str, Any]] = []
     seen: dict[bytes, Any] = {}  # each picture once
     bar = tqdm(total=count, desc=f"Reading lessons: {game}", unit="state", disable=not progress, leave=False)
-    episode = 0
+    episode = failures = 0
     while len(rows) < count:
-        observation, _ = env.reset(seed=int(rng.integers(2**31)))
         demonstrator = demonstrators[episode % len(demonstrators)]
-        done, episode = False, episode + 1
-        while not done:
-            decision = demonstrator(env, rng)
-            messages, _ = agent_format.build_prompt(env.task, observation)
-            response = agent_format.render("@", decision.reading, decision.thoughts)
-            reading, _, _ = response.rpartition("@")
-            prompt = "".join(part.get("text") or "" for message in messages for part in message["content"])
-            key = hashlib.sha256(observation["image"]).digest()
-            if key not in seen:
-                seen[key] = see(observation["image"])
-            row = {"prompt": prompt, "messages": messages, "image": seen[key], "reading": reading}
-            command = str(commands.choice(env.legal_actions)) if game.startswith(ALFWORLD) else None
-            rows.append({**row, "command": command})
-            bar.update()
-            observation, _, terminated, truncated, _ = env.step(decision.action)
-            done = terminated or truncated
+        episode += 1
+        try:
+            observation, _ = env.reset(seed=int(rng.integers(2**31)))
+            done = False
+            while not done:
+                decision = demonstrator(env, rng)
+                messages, _ = agent_format.build_prompt(env.task, observation)
+                response = agent_format.render("@", decision.reading, decision.thoughts)
+                reading, _, _ = response.rpartition("@")
+                prompt = "".join(part.get("text") or "" for message in messages for part in message["content"])
+                key = hashlib.sha256(observation["image"]).digest()
+                if key not in seen:
+                    seen[key] = see(observation["image"])
+                row = {"prompt": prompt, "messages": messages, "image": seen[key], "reading": reading}
+                command = str(commands.choice(env.legal_actions)) if game.startswith(ALFWORLD) else None
+                rows.append({**row, "command": command})
+                bar.update()
+                observation, _, terminated, truncated, _ = env.step(decision.action)
+                done = terminated or truncated
+            failures = 0
+        except Exception as error:
+            failures += 1
+            if failures > MAX_ENV_FAILURES:
+                raise
+            warnings.warn(
+                f"{game} failed in a reading lesson, which goes on with another episode: {error}", stacklevel=2
+            )
     env.close()
     bar.close()
     return [rows[i] for i in rng.permutation(len(rows))[:count]]

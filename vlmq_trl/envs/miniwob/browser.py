@@ -43,6 +43,7 @@ HTML = (Path(miniwob.__file__).resolve().parent / "html").as_uri() + "/"
 EPISODE_MILLISECONDS = 2**31 - 1  # the longest that a page's timer can run
 EPISODES_PER_BROWSER = 100
 SETTLE_MILLISECONDS = 1000  # the longest wait for a page's animations to end
+PAGE_MILLISECONDS = 60_000  # the longest wait for a page to load; BrowserGym's five seconds fail on a busy machine
 CHROMIUM_FLAGS = (
     "--no-sandbox",  # Chromium refuses to run as root with it
     "--disable-quic",
@@ -408,6 +409,7 @@ def _local(task_class: Any, on_crash: Callable[[], None]) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.slow_mo = 0
+            self.timeout = PAGE_MILLISECONDS
 
         def setup(self, page: Any) -> Any:
             page.on("crash", lambda _: on_crash())
