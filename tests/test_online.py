@@ -195,6 +195,17 @@ def test_from_offline_to_online(tmp_path):
     assert (tmp_path / "checkpoint-6" / "replay_manifest.json").is_file()
 
 
+def test_a_round_does_not_take_the_training_logs(tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=5, max_steps=5, turns_per_round=30, updates_per_turn=0.1)
+    trainer.train()
+    rounds = [entry for entry in trainer.state.log_history if "rollout_success_rate" in entry]
+    assert [entry["step"] for entry in rounds] == [0, 3]
+    assert not any("nll" in entry or "advantage_q50" in entry for entry in rounds)
+    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    parts = [logged[name] for name in ("policy_loss", "q_loss", "value_loss")]
+    assert sum(parts) == pytest.approx(logged["loss"], rel=0.1)  # of the same updates, each weighed by its tokens
+
+
 def test_actions_are_found_in_the_format_that_is_played_in(tmp_path):
     """Not in that of another environment for evaluation."""
 

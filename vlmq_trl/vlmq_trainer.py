@@ -474,7 +474,7 @@ class VLMQTrainer(SavingTrainer):
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             policy=self.rollout_policy,
-            report=self.log,
+            report=self._log_apart,
             process=(args.process_index, args.world_size),
             progress=not args.disable_tqdm and self.is_world_process_zero(),
         )
@@ -757,10 +757,7 @@ class VLMQTrainer(SavingTrainer):
             raise
         played |= {"runtime": time.perf_counter() - start, "temperature": temperature, "seed": seed}
         played = {f"{metric_key_prefix}_{k}": float(v) for k, v in played.items()}
-        was_training = self.model.training
-        self.model.eval()  # what training has recorded since its last log stays for its next
-        self.log(dict(played))
-        self.model.train(was_training)
+        self._log_apart(dict(played))
         metrics.update(played)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.args.stop_at_success is not None:
@@ -889,6 +886,13 @@ class VLMQTrainer(SavingTrainer):
                 for name in ("advantage", "value"):
                     writer.add_histogram(f"{prefix or 'train_'}{name}", recorded[name], self.state.global_step)
         super().log(logs, start_time)
+
+    def _log_apart(self, logs: dict[str, float]) -> None:
+        """Logs what was played: what training has recorded since its last log stays for its next."""
+        was_training = self.model.training
+        self.model.eval()
+        self.log(logs)
+        self.model.train(was_training)
 
     def _tensorboard_writer(self) -> SummaryWriter | None:
         for callback in self.callback_handler.callbacks:
