@@ -341,6 +341,9 @@ def test_arguments_that_were_set_in_vain(tmp_path):
         build(tmp_path, offline_steps=3, max_env_turns=9)
     with pytest.warns(UserWarning, match=r"Without evaluations .*, `stop_at_success=0\.9`, `record_episodes=2` will"):
         build(tmp_path, stop_at_success=0.9, record_episodes=2)
+    losses_alone = {"eval_strategy": "steps", "eval_steps": 1, "init": {"eval_dataset": number_line(3)}}
+    with pytest.warns(UserWarning, match=r"Without an `eval_env` to play, `stop_at_success=0\.9`, `record_episodes=2"):
+        build(tmp_path, stop_at_success=0.9, record_episodes=2, **losses_alone)
     callback = EnvEvaluationCallback(NUMBER_LINE, stop_at_success=0.9)  # which stops, and writes no episodes
     with pytest.warns(UserWarning, match=r"Without evaluations \(`eval_strategy`\), `record_episodes=2` will"):
         build(tmp_path, stop_at_success=0.9, record_episodes=2, init={"callbacks": [callback]})

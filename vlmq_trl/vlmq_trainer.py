@@ -197,7 +197,7 @@ class VLMQTrainer(SavingTrainer):
             warn_of_another_format(agent_format or self._env_format, train_dataset)
         self.eval_env, self.agent_format = eval_env, agent_format
         _check_evaluation(args, eval_env, eval_dataset)
-        _warn_of_idle(args, env, callbacks)
+        _warn_of_idle(args, env, eval_env, callbacks)
         if args.use_liger_kernel:
             raise ValueError(
                 "`use_liger_kernel=True` would do nothing: `Trainer` puts the kernels into models of its own kind, "
@@ -934,14 +934,20 @@ def _check_evaluation(args: VLMQConfig, eval_env: EnvSpec | None, eval_dataset: 
         args.lr_scheduler_kwargs = {"mode": "max", **(args.lr_scheduler_kwargs or {})}
 
 
-def _warn_of_idle(args: VLMQConfig, env: EnvSpec | None, callbacks: list[TrainerCallback] | None) -> None:
+def _warn_of_idle(
+    args: VLMQConfig, env: EnvSpec | None, eval_env: EnvSpec | None, callbacks: list[TrainerCallback] | None
+) -> None:
     """Says which arguments were set in vain."""
     stops = any(isinstance(one, EnvEvaluationCallback) and one.stop_at_success is not None for one in callbacks or ())
     unseen = {"stop_at_success": None if stops else args.stop_at_success, "record_episodes": args.record_episodes}
-    unseen = unseen if args.eval_strategy == "no" else {}
+    evaluates = args.eval_strategy != "no"
+    unseen = {} if evaluates and eval_env is not None else unseen
     for idle, lacking in (
         (idle_offline(args) if env is None else [], "an `env` to collect in"),
-        ([f"`{name}={value}`" for name, value in unseen.items() if value], "evaluations (`eval_strategy`)"),
+        (
+            [f"`{name}={value}`" for name, value in unseen.items() if value],
+            "an `eval_env` to play" if evaluates else "evaluations (`eval_strategy`)",
+        ),
     ):
         if idle:
             warnings.warn(f"Without {lacking}, {', '.join(idle)} will have no effect.", stacklevel=3)
