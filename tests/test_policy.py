@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tests import tiny_models
 from tests.small_runs import NUMBER_LINE
 from vlmq_trl.agent_format import JSONCoTFormat, JSONFormat, PlainFormat
-from vlmq_trl.chat import stop_token_ids
+from vlmq_trl.chat import completion_tokens, stop_token_ids, turn_opening
 from vlmq_trl.collator import SegmentDataset, VLMQDataCollator
 from vlmq_trl.modeling import AutoModelForImageTextToTextWithValueHead
 from vlmq_trl.policy import ActionLogits, ModelPolicy, evaluate_model
@@ -339,6 +339,39 @@ def test_nothing_but_legal_actions_however_the_key_is_spelt(wanted):
     policy = ModelPolicy(says, tokenizer, legal_actions_only=True, agent_format=fmt)
     (response,) = policy.act([replace(request, legal_actions=LEGAL)])
     assert fmt.parse(response.text).action in LEGAL and response.text.startswith(wanted[: wanted.index(":")])
+
+
+@pytest.mark.parametrize("opening", [" ", "<think>\n\n</think>\n\n", "<|im_start|>final: "])
+@pytest.mark.parametrize("name", ["idefics3", "llama"])
+def test_what_the_template_puts_before_an_answer_is_no_part_of_it(name, opening):
+    """SmolVLM's "Assistant:" is followed by a space, Qwen3's answer by an empty thought before it. A model that has
+    learned it says it; were it kept in the response, training would see it twice, and a plain format an action that
+    begins with it."""
+    model, processor = tiny_models.build(name)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    begun = "<|im_start|>{{ m.role }}\n"
+    put = f"{begun}{{% if m.role == 'assistant' and loop.last %}}{{{{ {opening!r} }}}}{{% endif %}}"
+    processor.chat_template = processor.chat_template.replace(begun, put)
+    assert turn_opening(processor) == opening
+    wish = completion_tokens(processor, "up")
+    assert tokenizer.decode(wish) == f"{opening}up{tiny_models.END}"
+    (request,) = requests_for(["red"], name)
+
+    def generate(input_ids, logits_processor, **kwargs):
+        for token in [*wish, tiny_models.END_ID]:
+            scores = torch.zeros(1, len(tokenizer))
+            scores[0, token] = 9.0
+            token = logits_processor(input_ids, scores).argmax(-1)
+            input_ids = torch.cat([input_ids, token[:, None]], 1)
+            if token.item() == tiny_models.END_ID:
+                return input_ids
+
+    says = SimpleNamespace(generate=generate, device=model.device, generation_config=model.generation_config)
+    (response,) = ModelPolicy(says, processor, temperature=1.0, logprobs=True).act([request])
+    assert response.text == "up" and len(response.behavior_logprobs) == len(wish)
+    policy = ModelPolicy(says, processor, legal_actions_only=True, agent_format=PlainFormat())
+    (response,) = policy.act([replace(request, legal_actions=("down", "up", "left"))])
+    assert response.text == "up"
 
 
 @pytest.mark.parametrize("name", tiny_models.VLM_NAMES + tiny_models.TEXT_NAMES)

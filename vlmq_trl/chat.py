@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A turn as text and tokens, alike in play and in training: the chat template, its endings, the families' processors.
 
-Contents: `check_chat_template`, `as_messages`, `with_pictures`, `chat_text`, `turn_ending`, `stop_token_ids`,
-`text_tokens`, `completion_tokens`, `pictures`, `turn_processor`.
+Contents: `check_chat_template`, `as_messages`, `with_pictures`, `chat_text`, `turn_opening`, `turn_ending`,
+`stop_token_ids`, `text_tokens`, `completion_tokens`, `pictures`, `turn_processor`.
 """
 
 from collections.abc import Iterable
@@ -94,14 +94,25 @@ def chat_text(
     return {"prompt": prompt, "completion": text + turn_ending(processing_class)}
 
 
+MARKER = "answer"
+
+
+def _answered(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "prompt": as_messages([{"role": "user", "content": "question"}], processing_class),
+        "completion": as_messages([{"role": "assistant", "content": MARKER}], processing_class),
+    }
+
+
+def turn_opening(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> str:
+    """What the chat template puts between the generation prompt and an assistant's text, so that a model learns to say
+    it: a space after SmolVLM's "Assistant:", an empty `<think>` block of Qwen3."""
+    return chat_text(_answered(processing_class), processing_class)["completion"].partition(MARKER)[0]
+
+
 def turn_ending(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> str:
     """What the chat template puts after an assistant's text."""
-    marker = "answer"
-    example = {
-        "prompt": as_messages([{"role": "user", "content": "question"}], processing_class),
-        "completion": as_messages([{"role": "assistant", "content": marker}], processing_class),
-    }
-    return apply_chat_template(example, processing_class)["completion"].rpartition(marker)[2]
+    return apply_chat_template(_answered(processing_class), processing_class)["completion"].rpartition(MARKER)[2]
 
 
 def stop_token_ids(processing_class: ProcessorMixin | PreTrainedTokenizerBase, generation_config: Any) -> list[int]:

@@ -25,7 +25,7 @@ from transformers import (
 from trl.data_utils import apply_chat_template
 
 from .agent_format import AgentFormat, action_of, taking
-from .chat import as_messages, completion_tokens, pictures, stop_token_ids, turn_processor
+from .chat import as_messages, completion_tokens, pictures, stop_token_ids, turn_opening, turn_processor
 from .env_pool import EnvFailureError, first_look
 from .recorder import EpisodeRecorder
 from .rollout import EnvSpec, Request, Response, measures, metrics_of, play_episodes
@@ -57,7 +57,8 @@ class OwnGenerationConfig(GenerationConfig):
 
 class ModelPolicy:
     """Answers requests with a model's generations, of the logits as they are: the most likely token, or a sample from
-    the softmax; of the model's own generation config only the end tokens count.
+    the softmax; of the model's own generation config only the end tokens count. What the chat template puts before an
+    answer (`turn_opening`) is no part of a response: the template puts it there again.
 
     Greedy answers are deterministic, so equal requests are generated once and remembered for this object's life: make
     a new one when the weights change.
@@ -118,6 +119,7 @@ class ModelPolicy:
         self.legal_actions_only, self.choices = legal_actions_only, choices
         self.responses = self.retokenized = 0
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.opening = turn_opening(processing_class)
         # `generate` would sample from the 50 likeliest tokens.
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         self.generation_config = OwnGenerationConfig(
@@ -177,6 +179,7 @@ class ModelPolicy:
                     temperature=self.temperature,
                     action_temperature=self.action_temperature,
                     choices=self.choices or _all_legal,
+                    opening=self.opening,
                 )
             )
         recorder = TokenLogProbs(self.temperature) if self.logprobs else None
@@ -188,7 +191,8 @@ class ModelPolicy:
             **inputs, generation_config=self.generation_config, logits_processor=processors, synced_gpus=False
         )
         tokens = sequences[:, start:]
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        opening = _decoded(self.tokenizer, self.opening)
+        texts = [t.removeprefix(opening) for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         if recorder is None:
             return [Response(text) for text in texts]
         log_probs = recorder.finish(tokens).tolist()
@@ -211,6 +215,11 @@ class ModelPolicy:
             return log_probs[:end]
         self.retokenized += 1
         return None
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text as it comes back from its tokens, without the special ones."""
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
 
 
 def _all_legal(request: Request, said: str) -> Mapping[str, int]:
@@ -239,6 +248,7 @@ class ActionLogits(LogitsProcessor):
         stop_tokens: that may follow an action of the list.
         temperature: that `generate` applies after this processor.
         action_temperature, choices: as `ModelPolicy`; what several actions begin with was taken as often as they were.
+        opening: what comes before a response (`turn_opening`).
     """
 
     def __init__(
@@ -252,8 +262,10 @@ class ActionLogits(LogitsProcessor):
         temperature: float = 0.0,
         action_temperature: float | None = None,
         choices: Choices = _all_legal,
+        opening: str = "",
     ):
         self.agent_format, self.tokenizer, self.start = agent_format, tokenizer, start
+        self.opening, self.decoded_opening = opening, _decoded(tokenizer, opening)
         self.requests, self.stop_tokens, self.choices = requests, stop_tokens, choices
         self.temperature = temperature
         self.factor = 1.0 if action_temperature is None else temperature / action_temperature
@@ -265,7 +277,7 @@ class ActionLogits(LogitsProcessor):
         scores = scores.clone()
         for row, tokens in enumerate(input_ids[:, self.start :].tolist()):
             if row not in self.ways:
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                text = self._said(tokens)
                 if not self.agent_format.reaches_action(text):
                     continue
                 self.ways[row] = self._ways(text, tokens, self.choices(self.requests[row], text))
@@ -278,17 +290,20 @@ class ActionLogits(LogitsProcessor):
                 scores[row, allowed] = kept
         return scores
 
+    def _said(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).removeprefix(self.decoded_opening)
+
     def _ways(self, text: str, tokens: list[int], choices: Mapping[str, int]) -> dict[tuple[int, ...], Counter[int]]:
         """For each beginning of a response that takes one of these actions, from `tokens` on: the tokens that go on,
         and how often the actions that they lead to were taken."""
         ways: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for action, taken in choices.items():
             said = taking(self.agent_format, action, self.agent_format.replace_action(text, action))
-            whole = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+            whole = self.tokenizer(self.opening + said, add_special_tokens=False)["input_ids"]
             if whole[: len(tokens)] != tokens:  # so far it is spelt otherwise, or in other tokens
                 rest = self.agent_format.rest_of(text, action) or ""
                 whole = tokens + self.tokenizer(rest, add_special_tokens=False)["input_ids"]
-                found = action_of(self.agent_format, self.tokenizer.decode(whole, skip_special_tokens=True))
+                found = action_of(self.agent_format, self._said(whole))
                 if not rest or found.action.casefold() != action.strip().casefold():
                     continue
             for end in range(len(tokens), len(whole)):
