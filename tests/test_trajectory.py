@@ -448,6 +448,8 @@ def test_concatenate(ds):
     assert index.episode_ids.tolist()[3:5] == ["0/logprobs", "1/won"]
     other = dataset_from_episodes([make_episode("other", [1.0])])
     assert validate_trajectories(concatenate_trajectories([ds, other])).episode_ids.tolist()[-1] == "other"
+    shown = concatenate_trajectories([ds.with_format("numpy", columns=["reward"])] * 2)
+    assert shown.with_format(None)["episode_id"][:] == both["episode_id"][:]
     again = concatenate_trajectories([both, other, both])
     assert len(validate_trajectories(again)) == 17
     text = dataset_from_episodes([make_episode("t", [1.0], images=0)])

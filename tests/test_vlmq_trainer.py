@@ -413,6 +413,19 @@ def test_data_of_another_format_than_the_play_s(tmp_path, own, warned, recwarn):
     assert bool(said) == warned and all("PlainFormat, in which the agent will play" in text for text in said)
 
 
+@pytest.mark.parametrize(
+    "shown", [{"type": "arrow"}, {"type": "pandas"}, {"type": "numpy", "columns": ["reward"]}], ids=str
+)
+def test_data_that_is_shown_in_another_way(tmp_path, shown):
+    """`with_format` changes what a reader of the dataset gets, not what there is to learn from."""
+    data, unknown = with_log_probs(-0.7), with_log_probs(None)
+    make_trainer(tmp_path, name="llama", dataset=data.with_format(**shown), init={"eval_env": TextNumberLine})
+    retrace = {"name": "llama", "off_policy_trace": "retrace"}
+    make_trainer(tmp_path, dataset=data.with_format(**shown), **retrace)
+    with pytest.raises(ValueError, match="no row of the training data has `behavior_logprobs`"):
+        make_trainer(tmp_path, dataset=unknown.with_format(**shown), **retrace)
+
+
 def test_an_evaluation_does_not_take_the_training_logs(tmp_path):
     """An evaluation between two logs leaves what training has recorded to the next log."""
     trainer = make_trainer(

@@ -548,7 +548,7 @@ def warn_of_another_format(agent_format: AgentFormat, dataset: Any) -> None:
     if "action" not in dataset.column_names:
         return
     columns = [name for name in ("completion", "action", "valid") if name in dataset.column_names]
-    rows = dataset.select_columns(columns).select(range(min(FORMAT_SAMPLE, len(dataset))))
+    rows = dataset.with_format(None).select_columns(columns).select(range(min(FORMAT_SAMPLE, len(dataset))))
     valid = [row for row in rows if row["action"] and row.get("valid", True)]
     told = [(row["completion"][0]["content"], row["action"]) for row in valid]
     read = [(action_of(agent_format, response).action, action) for response, action in told]

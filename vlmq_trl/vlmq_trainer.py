@@ -955,7 +955,7 @@ def _warn_of_idle(
 
 def _has_log_probs(dataset: Dataset) -> bool:
     column = "behavior_logprobs"
-    return column in dataset.column_names and any(row is not None for row in dataset[column])
+    return column in dataset.column_names and any(row is not None for row in dataset.with_format(None)[column])
 
 
 def _quantiles(x: Tensor) -> list[float]:

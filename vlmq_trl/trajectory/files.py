@@ -192,7 +192,7 @@ def concatenate_trajectories(parts: Sequence[datasets.Dataset]) -> datasets.Data
     if sum(map(len, ids)) != len(set().union(*ids)):
         renamed = []
         for k, part in enumerate(parts):
-            names = pa.array([f"{k}/{name}" for name in part["episode_id"]], type=pa.string())
+            names = pa.array([f"{k}/{name}" for name in part.with_format(None)["episode_id"]], type=pa.string())
             renamed.append(part.remove_columns("episode_id").add_column("episode_id", names))
         parts = renamed
     return datasets.concatenate_datasets(list(parts))
