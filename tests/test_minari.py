@@ -147,6 +147,16 @@ def test_other_picture_files_keep_their_pixels(tmp_path):
         assert back.remove_columns("images")[0] == ds.remove_columns("images")[0]
 
 
+def test_a_mode_that_png_has_not_becomes_rgb(tmp_path):
+    Image.fromarray(picture(1, (40, 40))).convert("CMYK").save(tmp_path / "print.jpg")
+    row = dataset_from_episodes([one_picture()[0]])[0] | {"images": [str(tmp_path / "print.jpg")], "terminated": True}
+    ds = datasets.Dataset.from_list([row], features=dataset_from_episodes(one_picture()).features)
+    assert ds[0]["images"][0].mode == "CMYK" and len(validate_trajectories(ds)) == 1
+    back = trajectories_from_minari(trajectories_to_minari(ds, "set-v0"))
+    shown = ds[0]["images"][0].convert("RGB")
+    assert np.array_equal(np.asarray(back[0]["images"][0]), np.asarray(shown))
+
+
 def test_pictures_are_turned_as_their_files_say(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -281,6 +281,19 @@ def test_offline_data_made_with_other_tools(tmp_path):
         assert file.read_bytes().startswith(PNG_SIGNATURE)
 
 
+def test_offline_pictures_of_a_mode_that_png_has_not(tmp_path):
+    """A JPEG in CMYK, as some are that were made for print, is valid and shown in RGB."""
+    Image.fromarray(picture(1)).convert("CMYK").save(tmp_path / "print.jpg")
+    ds, _ = offline_data()
+    ds = ds.map(lambda row: {"images": [str(tmp_path / "print.jpg")] * len(row["images"])}, features=ds.features)
+    shown = ds[0]["images"][0]
+    assert shown.mode == "CMYK"
+    with ReplayBuffer(tmp_path / "buffer") as buffer:
+        buffer.add_offline(ds, validate_trajectories(ds))
+        kept = buffer.read([0])[0]["images"][0]
+    assert kept.mode == "RGB" and np.array_equal(np.asarray(kept), np.asarray(shown.convert("RGB")))
+
+
 def test_offline_data_that_do_not_fit(tmp_path):
     ds, index = offline_data()
     with ReplayBuffer(tmp_path / "a") as buffer:

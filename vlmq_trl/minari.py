@@ -52,6 +52,7 @@ from vlmq_trl.trajectory import (
     episodes_from_dataset,
     trajectory_features,
 )
+from vlmq_trl.trajectory.episodes import in_png_mode
 
 KEY = "vlmq_trl"  # of `infos`
 FORMAT = 1  # of its entries
@@ -315,13 +316,13 @@ def _json(value: Any) -> str:
 
 
 def _pngs(images: list) -> str:
-    """A JSON list of PNGs in base64; lossless in every mode that a trajectory dataset may hold."""
+    """A JSON list of PNGs in base64; lossless in every mode that a PNG may hold."""
     texts = []
     for image in images:
         encoded, picture = image["bytes"] if isinstance(image, dict) else None, _opened(image)
         if encoded is None or picture.format != "PNG":
             buffer = io.BytesIO()
-            picture.save(buffer, format="PNG", compress_level=3)
+            in_png_mode(picture).save(buffer, format="PNG", compress_level=3)
             encoded = buffer.getvalue()
         texts.append(base64.b64encode(encoded).decode())
     return _json(texts)

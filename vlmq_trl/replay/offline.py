@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..trajectory import EpisodeIndex, flatten_content, trajectory_features
-from ..trajectory.episodes import _PngCache, _structured
+from ..trajectory.episodes import _PngCache, _structured, in_png_mode
 from .contents import IMAGE_COLUMNS, stored
 
 ABSENT = {"action": "", "valid": True, "env_id": "", "seed": -1}  # as in `Turn` and `Episode`; other columns: null
@@ -94,7 +94,7 @@ def as_png(image: dict[str, Any], png: _PngCache, row: int, column: str) -> byte
     data = encoded(image)
     if data.startswith(PNG_SIGNATURE):
         return data
-    return png(datasets.Image().decode_example(image), row=row, column=column)["bytes"]
+    return png(in_png_mode(datasets.Image().decode_example(image)), row=row, column=column)["bytes"]
 
 
 def encoded(image: dict[str, Any]) -> bytes:

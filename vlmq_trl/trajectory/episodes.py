@@ -40,6 +40,7 @@ from .validation import (
     MESSAGE_KEYS,
     NOT_KEPT,
     NOT_SHOWN,
+    PNG_MODES,
     ROLES,
     UNSEEN_MODE,
     TrajectoryError,
@@ -265,6 +266,11 @@ def _temporary_folder() -> Path:
     return _temporary[pid]
 
 
+def in_png_mode(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture of a dataset, in RGB if it is of a mode that PNG has not (print's CMYK): as processors see it too."""
+    return picture if picture.mode in PNG_MODES else picture.convert("RGB")
+
+
 class _PngCache:
     """PNG bytes of images; the last distinct ones, `max_bytes` in all, are remembered, since environments repeat
     pictures."""
@@ -284,7 +290,7 @@ class _PngCache:
                 pil.load()  # an image that was opened from a file is read only now
             except Exception as error:
                 fail(f"the image does not decode ({type(error).__name__}: {error}); restore it or drop the episode.")
-            if pil.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            if pil.mode not in PNG_MODES:
                 fail(f"the image is of mode {pil.mode!r}, {UNSEEN_MODE}")
             raw: Any = pil.tobytes() if pil.mode in ("L", "RGB", "RGBA") else None
             shape: tuple = (pil.mode, pil.size)

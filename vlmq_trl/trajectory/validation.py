@@ -30,7 +30,8 @@ NOT_SHOWN = "where TRL shows no picture; show it in a user message."
 UNSEEN_MODE = (
     "which processors do not show as it is (16-bit grey becomes white); convert it to 8 bits, as 'L' or 'RGB'."
 )
-PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+PICTURE_MODES = (*PNG_MODES, "CMYK", "YCbCr")
 LARGEST_REWARD = float(np.finfo(np.float32).max)
 IMAGE_SAMPLE = 64  # rows of each image column that validate_trajectories(check_images="sample") looks at
 IMAGE_BATCH = 64  # rows whose images are in memory at once
