@@ -8,6 +8,7 @@ import re
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -107,6 +108,17 @@ def test_episodes_come_back(ds):
         assert_equal_episodes(one, other)
     assert EPISODES[0].return_ == 1.5 and EPISODES[0].success
     assert EPISODES[3].valid_rate == 0.0 and not EPISODES[3].success
+
+
+def test_episodes_of_pictures_that_are_not_decoded(ds, tmp_path):
+    """A dataset may hold them as files, and in a stream of parquet from another tool nothing says that they are
+    pictures."""
+    files = datasets.List(datasets.Image(decode=False))
+    raw = ds.cast_column("images", files).cast_column("final_images", files)
+    pq.write_table(ds.data.table.replace_schema_metadata(None), tmp_path / "play.parquet")
+    for other in (raw, raw.to_iterable_dataset(), load_trajectories(tmp_path, streaming=True)):
+        for one, known in zip(episodes_from_dataset(other), episodes_from_dataset(ds), strict=True):
+            assert_equal_episodes(one, known)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])

@@ -49,10 +49,9 @@ from vlmq_trl.trajectory import (
     TrajectoryError,
     Turn,
     dataset_from_episodes,
-    episodes_from_dataset,
     trajectory_features,
 )
-from vlmq_trl.trajectory.episodes import in_png_mode
+from vlmq_trl.trajectory.episodes import episodes_of, in_png_mode
 
 KEY = "vlmq_trl"  # of `infos`
 FORMAT = 1  # of its entries
@@ -250,28 +249,19 @@ def _survey(ds: datasets.Dataset | datasets.IterableDataset, pictures: str, prog
     return survey
 
 
-class _Undecoded:
-    """The rows of a dataset, pictures as the bytes that they are stored in. For `episodes_from_dataset`."""
-
-    def __init__(self, ds: datasets.Dataset | datasets.IterableDataset):
-        self.ds = ds
-
-    def with_format(self, _: None) -> _Undecoded:
-        return self
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if isinstance(self.ds, datasets.IterableDataset):
-            plain = self.ds.with_format(None)
-            yield from plain if plain.features is None else plain.decode(False)
-            return
-        for table in self.ds.with_format("arrow").iter(batch_size=64):
-            yield from table.to_pylist()
+def _undecoded(ds: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, pictures as the bytes that they are stored in."""
+    if isinstance(ds, datasets.IterableDataset):
+        plain = ds.with_format(None)
+        yield from plain if plain.features is None else plain.decode(False)
+        return
+    for table in ds.with_format("arrow").iter(batch_size=64):
+        yield from table.to_pylist()
 
 
 def _episodes(ds: datasets.Dataset | datasets.IterableDataset, did: str, progress: bool) -> Iterator[Episode]:
     """The dataset's episodes; pictures are dictionaries of "bytes" and "path", or PIL images in an untyped stream."""
-    undecoded: Any = _Undecoded(ds)
-    return iter(tqdm(episodes_from_dataset(undecoded), desc=did, unit="episode", disable=not progress))
+    return iter(tqdm(episodes_of(_undecoded(ds)), desc=did, unit="episode", disable=not progress))
 
 
 def _columns(ds: datasets.Dataset | datasets.IterableDataset) -> list[str]:

@@ -2,7 +2,7 @@
 """The trajectory dataset's schema, and episodes as Python records: into a dataset, and out of it.
 
 Contents: `trajectory_features`, `FEATURES`; `Turn`, `Episode`; `flatten_content`; `dataset_from_episodes`,
-`dataset_until_error`, `episodes_from_dataset`.
+`dataset_until_error`, `episodes_from_dataset`, `episodes_of`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def trajectory_features(with_images: bool = True) -> datasets.Features:
 
 
 FEATURES = trajectory_features()
+IMAGE = datasets.Image()
 ROWS_AT_ONCE, BYTES_AT_ONCE = 500, 2**28  # written to the disk: an Arrow batch holds 2 GiB at most
 
 
@@ -577,6 +578,18 @@ def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> It
         TrajectoryError: `turn` does not count 0, 1, 2, ... within an episode, or an episode does not end.
     """
 
+    def decoded(row: dict[str, Any]) -> dict[str, Any]:
+        for name in ("images", "final_images"):
+            if row.get(name):  # as files, where the dataset does not decode them or a stream does not know them
+                row[name] = [IMAGE.decode_example(one) if isinstance(one, dict) else one for one in row[name]]
+        return row
+
+    return episodes_of(map(decoded, ds.with_format(None)))
+
+
+def episodes_of(dataset_rows: Iterable[dict[str, Any]]) -> Iterator[Episode]:
+    """The episodes of a dataset's rows, images as they are there. Raises as `episodes_from_dataset`."""
+
     def finish(rows: list[dict[str, Any]], at: int) -> Episode:
         last = rows[-1]
         if not (last["terminated"] or last["truncated"]):
@@ -610,7 +623,7 @@ def episodes_from_dataset(ds: datasets.Dataset | datasets.IterableDataset) -> It
 
     rows: list[dict[str, Any]] = []
     i = -1
-    for i, row in enumerate(ds.with_format(None)):
+    for i, row in enumerate(dataset_rows):
         if rows and row["episode_id"] != rows[-1]["episode_id"]:
             yield finish(rows, i - 1)
             rows = []
