@@ -234,6 +234,18 @@ def test_an_environment_that_fails_in_a_lesson_costs_no_other_episode(monkeypatc
         embedded._states("NumberLine", 40, seed=0)
 
 
+def test_a_player_that_an_environment_lacks_ends_the_lesson(monkeypatch):
+    def absent(env, rng):
+        raise NotImplementedError("NumberLine has no scripted mistake")
+
+    def players(env_id, policy):
+        return absent if policy == "flawed" else make_demonstrator(env_id, policy)
+
+    monkeypatch.setattr(embedded, "make_demonstrator", players)
+    with pytest.raises(NotImplementedError, match="no scripted mistake"):
+        embedded._states("NumberLine", 40, seed=0)
+
+
 def test_what_was_learned_by_heart_takes_more_states(tmp_path, monkeypatch):
     marks = iter([0.34, 0.34, 0.34, 0.99])  # of the courses' exams, and of the lessons
     monkeypatch.setattr(embedded, "_reading_accuracy", lambda model, exam: next(marks))

@@ -341,7 +341,7 @@ def test_nothing_but_legal_actions_however_the_key_is_spelt(wanted):
     assert fmt.parse(response.text).action in LEGAL and response.text.startswith(wanted[: wanted.index(":")])
 
 
-@pytest.mark.parametrize("opening", [" ", "<think>\n\n</think>\n\n", "<|im_start|>final: "])
+@pytest.mark.parametrize("opening", [" ", "<think>\n\n</think>\n\n", "<answer>", "<|im_start|>final: "])
 @pytest.mark.parametrize("name", ["idefics3", "llama"])
 def test_what_the_template_puts_before_an_answer_is_no_part_of_it(name, opening):
     """SmolVLM's "Assistant:" is followed by a space, Qwen3's answer by an empty thought before it. A model that has

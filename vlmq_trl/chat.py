@@ -94,7 +94,7 @@ def chat_text(
     return {"prompt": prompt, "completion": text + turn_ending(processing_class)}
 
 
-MARKER = "answer"
+MARKER = "0answer0"  # in no template, as "<answer>" may be
 
 
 def _answered(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:

@@ -412,6 +412,8 @@ def _states(
                 observation, _, terminated, truncated, _ = env.step(decision.action)
                 done = terminated or truncated
             failures = 0
+        except NotImplementedError:  # the environment has no such player
+            raise
         except Exception as error:
             failures += 1
             if failures > MAX_ENV_FAILURES:
