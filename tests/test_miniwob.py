@@ -19,7 +19,7 @@ import psutil
 import pytest
 from gymnasium.error import ResetNeeded
 
-from vlmq_trl import PlainFormat, collect_demonstrations, play_episodes
+from vlmq_trl import PlainFormat, collect_demonstrations, embedded, play_episodes
 from vlmq_trl.envs import make_demonstrator
 from vlmq_trl.envs.miniwob import CHROMIUM_VARIABLE, DOMAIN, TASKS, find_chromium, page
 from vlmq_trl.envs.miniwob.actions import ACTION_SPACES, SIGNATURES, ActionError, parse
@@ -520,7 +520,7 @@ def test_a_page_that_tries_reaches_nothing_outside(play, tmp_path):
 # Scripts.
 
 
-@pytest.mark.parametrize("task", ["click-checkboxes", "enter-password", "choose-list"])
+@pytest.mark.parametrize("task", ["click-checkboxes", "enter-password", "enter-time", "choose-list"])
 def test_scripts(play, task):
     """The expert succeeds, sure mistakes never do, and what is said does not depend on who plays."""
     env_id = f"vlmq_trl/MiniWoB-{task}-v0"
@@ -565,6 +565,17 @@ def test_demonstrations_are_collected():
     assert len(data) == 2 and browsers() == before
 
 
+def test_reading_lessons_end_with_random_play(play):
+    play("click-test-2").close()  # one browser at a time
+    rows = embedded._states("vlmq_trl/MiniWoB-click-option-v0", 24, seed=0)
+    commands = [parse(row["command"]) for row in rows]
+    assert len(set(commands)) > 4 and {command.name for command in commands} == {"click"}
+    for row, command in zip(rows, commands, strict=True):
+        assert all(f"[{bid}]" in row["prompt"] for bid in command.bids)
+        assert row["reading"].endswith('"action": "')
+    assert any("checked" in row["prompt"] for row in rows), "expert and flawed play, which get on"
+
+
 # Processes.
 
 
@@ -595,6 +606,13 @@ def test_a_page_that_loads_slowly_is_waited_for(play):
     threading.Timer(8, main.resume).start()  # BrowserGym would have waited for five seconds
     env.reset(seed=1)
     assert chromium().pid == main.pid
+
+
+def test_the_browser_shows_the_task_and_nothing_else(play):
+    """Chromium's own pages, such as the popups of the address bar, would take half of the processor's time."""
+    session = play("click-test-2").browser._process.new_browser_cdp_session()
+    (shown,) = session.send("Target.getTargets")["targetInfos"]
+    assert shown["url"].endswith("/click-test-2.html")
 
 
 def test_a_killed_driver_is_replaced(play):

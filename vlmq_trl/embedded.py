@@ -4,9 +4,9 @@
 `load_embedded_model()` gives the directory of a stock Idefics3 checkpoint. The first call builds it (minutes on two
 cores, with a progress bar): own tokenizer, random weights from a seed, then supervised reading. A training text is a
 full response up to its action (`... "action": "`): the state read aloud and the neutral thoughts that follow from it,
-in states that scripted play visits, good and bad (`EVERYONE`). No action is in a loss, but in ALFWorld's lessons,
-which end with one of the admissible commands, drawn at random. The reading is verified on fresh states before the
-model is used, and the result is cached.
+in states that scripted play visits, good and bad (`EVERYONE`). No action is in a loss, but in the lessons of ALFWorld,
+which end with one of the admissible commands, drawn at random, and of MiniWoB++, which end with random play's action.
+The reading is verified on fresh states before the model is used, and the result is cached.
 
 The four games of Gym Cards have lessons that were tried; any other environment with pictures, `reading_fields` and a
 script can be taught by its Gymnasium id. What was left out: any download, any other task than reading.
@@ -53,14 +53,16 @@ ALFWORLD = "vlmq_trl/ALFWorld"
 LESSON_STEPS = {"NumberLine": 120, "EZPoints": 450, "Points24": 800, "Blackjack": 800, ALFWORLD: 2000}
 OTHER_LESSON_STEPS = 800
 # Their states are mostly text: words are tokens, as a goal's words come back in the page, the reading and the action.
-WORDY = (ALFWORLD, "vlmq_trl/MiniWoB")
+MINIWOB = "vlmq_trl/MiniWoB"
+WORDY = (ALFWORLD, MINIWOB)
 ALFWORLD_CORPUS_STATES = 2048  # for the tokenizer: rare words are in few states
 ALFWORLD_LESSON_TURNS = 12  # of a household, whatever the run's own limit: so its lessons see many households
 # Whose play shows each game its states. Random Points24 play piles up entries, most of them blanks, and a model of
-# this size miscounts them; in ALFWorld it asks for help and inventories, whose texts hide where it is.
+# this size miscounts them; in ALFWorld it asks for help and inventories, whose texts hide where it is; in web pages it
+# types the goal's words anywhere.
 EVERYONE = ("expert", "flawed", "random")
 PURPOSEFUL = ("expert", "flawed")
-PURPOSEFUL_GAMES = ("Points24", ALFWORLD)
+PURPOSEFUL_GAMES = ("Points24", ALFWORLD, MINIWOB)
 # ALFWorld's thoughts follow from the reading alone, by looking up a name in it. A model learns that late from whole
 # lessons, and soon from readings without prompt and picture: these drills come first, and go along with the lessons.
 DRILL_STEPS, DRILL_ROWS, DRILL_WEIGHT = 1000, 96, 0.2
@@ -100,11 +102,11 @@ class EmbeddedRecipe:
         seed: of the weights, of the training states and of their order.
         steps: optimiser steps of the reading lessons; None takes the sum of the games' `LESSON_STEPS`, and for any
             other environment `OTHER_LESSON_STEPS`.
-        batch_size: rows a step, of one game after the other; None takes 32 for ALFWorld, whose rows are long, and 48
-            otherwise.
+        batch_size: rows a step, of one game after the other; None takes 32 for ALFWorld and MiniWoB, whose rows are
+            long, and 48 otherwise.
         learning_rate: peak of a one-cycle cosine schedule; None takes 1.5e-3 for ALFWorld and 2e-3 otherwise.
         states: training states of each game; None takes 12,000 for Points24 and BabyAI, 24,000 for ALFWorld, where
-            states differ most, and 6,000 otherwise.
+            states differ most, 1,500 for MiniWoB, whose browsers are slow, and 6,000 otherwise.
         required_accuracy: share of fresh states of each game whose whole reading must be right; None takes 0.75 for
             ALFWorld, where a sixth of the states show something in small print that nothing depends on, and 0.95
             otherwise.
@@ -150,16 +152,17 @@ class EmbeddedRecipe:
         points24 = "Points24" in self.games
         babyai = all(game.startswith("vlmq_trl/BabyAI-") for game in self.games)
         alfworld = any(game.startswith(ALFWORLD) for game in self.games)
+        miniwob = all(game.startswith(MINIWOB) for game in self.games)
         defaults = {
             "image_size": 112 if babyai else 128,
             "scale_factor": 1 if points24 or babyai else 2,
-            "states": 24_000 if alfworld else 12_000 if points24 or babyai else 6_000,
+            "states": 24_000 if alfworld else 12_000 if points24 or babyai else 1_500 if miniwob else 6_000,
             "required_accuracy": 0.75 if alfworld else 0.95,
-            "batch_size": 32 if alfworld else 48,
+            "batch_size": 32 if alfworld or miniwob else 48,
             "learning_rate": 1.5e-3 if alfworld else 2e-3,
             "layers": 4 if alfworld else 3,
             "vocab_size": 2048 if self.wordy else 512,
-            "version": 4 if alfworld else 2,
+            "version": 4 if alfworld else 3 if miniwob else 2,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -374,7 +377,7 @@ def _states(
     env_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """States that the game's players visit: `prompt`, `messages`, `image`, `reading` (up to the action), `command`:
-    in ALFWorld one of the listed, drawn at random, elsewhere None.
+    in ALFWorld one of the listed, drawn at random, in MiniWoB++ random play's, elsewhere None.
 
     Args:
         see: makes `image` of a picture.
@@ -406,8 +409,7 @@ def _states(
                 if key not in seen:
                     seen[key] = see(observation["image"])
                 row = {"prompt": prompt, "messages": messages, "image": seen[key], "reading": reading}
-                command = str(commands.choice(env.legal_actions)) if game.startswith(ALFWORLD) else None
-                rows.append({**row, "command": command})
+                rows.append({**row, "command": _command(env, game, commands)})
                 bar.update()
                 observation, _, terminated, truncated, _ = env.step(decision.action)
                 done = terminated or truncated
@@ -424,6 +426,13 @@ def _states(
     env.close()
     bar.close()
     return [rows[i] for i in rng.permutation(len(rows))[:count]]
+
+
+def _command(env: Any, game: str, rng: np.random.Generator) -> str | None:
+    """What a lesson ends with."""
+    if game.startswith(ALFWORLD):
+        return str(rng.choice(env.legal_actions))
+    return env.script.random(rng) if game.startswith(MINIWOB) else None
 
 
 @dataclass

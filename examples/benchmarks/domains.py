@@ -29,6 +29,33 @@ from examples.benchmarks.common import (
 )
 from examples.benchmarks.learning import COMMON, HEADER, METHODS, NAMES, cells, line, listed, pooled
 
+# As ALFWorld's, below, but for the episodes' length: all is done in two turns, five are the limit.
+MINIWOB: dict[str, Any] = {
+    "env_options": ["max_turns=5"],
+    "policy": "flawed:0.5",
+    "episodes": 300,
+    "bootstrap_truncated": False,
+    "segment_length": 5,
+    "gamma": 0.9,
+    "token_lambda": 1.0,
+    "turn_lambda": 0.3,
+    "critic_warmup_steps": 50,
+    "advantage_estimator": "return",
+    "filter": "exp",
+    "filter_temperature": 0.1,
+    "filter_scope": "action",
+    "critic_scope": "action",
+    "critic_coef": 10.0,
+    "max_steps": 200,
+    "lr_scheduler_type": "cosine",
+    "eval_steps": 50,
+    "eval_episodes": 30,
+    "eval_num_envs": 10,
+    "max_completion_length": 128,
+    "test_episodes": 100,
+    "embedded_steps": 300,
+}
+
 # Arguments of `train_agent.py`; what is not said is as in `learning.py`. The later wins.
 SETTINGS: dict[str, dict[str, Any]] = {
     "BabyAI-GoToObj": {
@@ -87,6 +114,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "methods": {"sft": {"before_episodes": 50}},
     },
+}
+SETTINGS |= {
+    f"MiniWoB-{task}": {
+        "title": f"MiniWoB++, {task}",
+        "about": f"{about}, within 5 turns.",
+        "arguments": {"env_id": f"vlmq_trl/MiniWoB-{task}-v0", **MINIWOB},
+        "methods": {"sft": {"before_episodes": 50}},
+    }
+    for task, about in (
+        ("enter-date", "Enter the date that the goal names and submit"),
+        ("enter-time", "Enter the time that the goal names, which the field wants in 24 hours, and submit"),
+    )
 }
 COMPARED = ("sft", "filtered_bc", "vlmq_scalar")
 # Of a setting: on top of its `vlmq_scalar`.

@@ -2,8 +2,9 @@
 """Scripted players of MiniWoB++ tasks: they read the goal and the page's elements, and act by the agent's strings.
 
 The mistake is one and the same everywhere. A click goes to the neighbouring element of the same kind and another
-name, and where there is none the mouse only hovers; a text loses its last letter (a date is a day off); of a list the
-neighbouring option is chosen. A flawed player takes a text without its last letter for right once it stands there.
+name, and where there is none the mouse only hovers; a text loses its last letter (a date is a day off, a time a
+minute); of a list the neighbouring option is chosen; an arrow key goes the other way. A flawed player takes a text
+without its last letter for right once it stands there.
 
 Random play (any task) acts on a uniformly drawn usable element: it clicks, types a word of the goal, or selects.
 """
@@ -134,6 +135,22 @@ def _date(view: _View) -> str:
     return view.fill_and_submit((view.all("Date")[0], f"{year}-{month}-{day}"), button="Submit")
 
 
+def _time(view: _View) -> str:
+    """The field takes 24 hours."""
+    hour, minute, half = re.search(r"(\d+):(\d+) ([AP])M", view.goal).groups()  # type: ignore[union-attr]
+    text = f"{int(hour) % 12 + 12 * (half == 'P'):02d}:{minute}"
+    return view.fill_and_submit((view.all("InputTime")[0], text), button="Submit")
+
+
+def _spinner(view: _View) -> str:
+    """One up or down a turn: the page takes no typed number."""
+    (spinner, *_) = view.all("spinbutton")
+    missing = int(re.search(r"-?\d+", view.goal).group()) - int(spinner.value)  # type: ignore[union-attr]
+    if missing == 0:
+        return view.click("button", "Submit")
+    return str(Call("press", (spinner.bid, "ArrowUp" if missing > 0 else "ArrowDown")))
+
+
 def _autocomplete(view: _View) -> str:
     """Types the beginning, takes the item with the right end from the menu, submits."""
     (field, *_), (start, *end) = view.all("textbox"), view.quoted
@@ -228,6 +245,7 @@ PLANS: dict[str, Callable[[_View], str]] = {
     "enter-text": _text,
     "enter-text-2": _cased_text,
     "enter-text-dynamic": _text,
+    "enter-time": _time,
     "focus-text": _focus,
     "focus-text-2": _focus,
     "login-user": _login,
@@ -236,7 +254,11 @@ PLANS: dict[str, Callable[[_View], str]] = {
     "simple-arithmetic": _arithmetic,
     "unicode-test": lambda view: view.click("button", view.quoted[0]),
     "use-autocomplete": _autocomplete,
+    "use-spinner": _spinner,
 }
+
+
+OTHER_WAY = {"ArrowUp": "ArrowDown", "ArrowDown": "ArrowUp"}
 
 
 class MiniWoBScript(Script):
@@ -269,6 +291,8 @@ class MiniWoBScript(Script):
             return str(Call("fill", (target.bid, _mistyped(target, call.arguments[1]), *call.arguments[2:])))
         if call.name == "select_option":
             return str(Call("select_option", (target.bid, self._misread(target, call.arguments[1]))))
+        if (key := call.arguments[-1]) in OTHER_WAY:
+            return str(Call("press", (target.bid, OTHER_WAY[key])))
         others = self._neighbours(target)
         return click(others[0]) if others else str(Call("hover", (target.bid,)))
 
@@ -326,7 +350,9 @@ class MiniWoBScript(Script):
 
 
 def _mistyped(field: Element, text: str) -> str:
-    """A text without its last letter; the next day of a date's month."""
+    """A text without its last letter; the next day of a date's month or minute of an hour."""
     if field.role == "Date":
         return f"{text[:-2]}{int(text[-2:]) % 28 + 1:02d}"
+    if field.role == "InputTime":
+        return f"{text[:-2]}{(int(text[-2:]) + 1) % 60:02d}"
     return text[:-1]
