@@ -4,6 +4,7 @@
 import contextlib
 import http.server
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -609,10 +610,21 @@ def test_a_page_that_loads_slowly_is_waited_for(play):
 
 
 def test_the_browser_shows_the_task_and_nothing_else(play):
-    """Chromium's own pages, such as the popups of the address bar, would take half of the processor's time."""
+    """Chromium's own pages, such as the popups of the address bar, take the processor's time."""
     session = play("click-test-2").browser._process.new_browser_cdp_session()
     (shown,) = session.send("Target.getTargets")["targetInfos"]
     assert shown["url"].endswith("/click-test-2.html")
+
+
+def test_features_that_playwright_disables_stay_disabled():
+    """Chromium heeds the last such flag alone, which is this package's."""
+    import playwright
+
+    from vlmq_trl.envs.miniwob.browser import DISABLED_FEATURES
+
+    switches = Path(playwright.__file__).parent / "driver/package/lib/server/chromium/chromiumSwitches.js"
+    (own,) = re.findall(r"--disable-features=([\w,]+)", switches.read_text())
+    assert set(own.split(",")) < set(DISABLED_FEATURES)
 
 
 def test_a_killed_driver_is_replaced(play):

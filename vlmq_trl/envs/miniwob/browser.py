@@ -45,7 +45,7 @@ EPISODES_PER_BROWSER = 100
 SETTLE_MILLISECONDS = 1000  # the longest wait for a page's animations to end
 PAGE_MILLISECONDS = 60_000  # the longest wait for a page to load; BrowserGym's five seconds fail on a busy machine
 # The last such flag counts, so Playwright's own come first. The popups of the address bar, which no headless browser
-# shows, are pages of their own that load with each window: half of the processor time.
+# shows, are pages of their own that load with each window: half of the processor time of episodes of four turns.
 DISABLED_FEATURES = (
     "ImprovedCookieControls", "LazyFrameLoading", "GlobalMediaControls", "DestroyProfileOnBrowserClose",
     "MediaRouter", "DialMediaRouteProvider", "AcceptCHFrame", "AutoExpandDetailsElement",
