@@ -29,25 +29,33 @@ from examples.benchmarks.common import (
 )
 from examples.benchmarks.learning import COMMON, HEADER, METHODS, NAMES, cells, line, listed, pooled
 
-# As ALFWorld's, below, but for the episodes' length: all is done in two turns, five are the limit.
-MINIWOB: dict[str, Any] = {
-    "env_options": ["max_turns=5"],
-    "policy": "flawed:0.5",
-    "episodes": 300,
+# Where right and wrong actions are several tokens that differ by a name or a digit.
+BY_RETURN: dict[str, Any] = {
+    # The limit is how an episode fails.
     "bootstrap_truncated": False,
-    "segment_length": 5,
-    "gamma": 0.9,
     "token_lambda": 1.0,
+    # All turns of an episode share its outcome: the critic learns sooner from its own values.
     "turn_lambda": 0.3,
-    "critic_warmup_steps": 50,
+    # docs/algorithm.md, "Filter and policy".
     "advantage_estimator": "return",
+    # The readings are right; the actions are what is flawed. A binary filter would drop most of their tokens.
     "filter": "exp",
     "filter_temperature": 0.1,
     "filter_scope": "action",
+    # Four in five tokens are the reading's, from which the critic learns nothing.
     "critic_scope": "action",
     "critic_coef": 10.0,
-    "max_steps": 500,
     "lr_scheduler_type": "cosine",
+}
+MINIWOB: dict[str, Any] = {
+    **BY_RETURN,
+    "env_options": ["max_turns=5"],
+    "policy": "flawed:0.5",
+    "episodes": 300,
+    "segment_length": 5,
+    "gamma": 0.9,
+    "critic_warmup_steps": 50,
+    "max_steps": 500,
     "eval_steps": 125,
     "eval_episodes": 30,
     "eval_num_envs": 10,
@@ -87,26 +95,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "env_options": ["max_turns=20", "data=own", "unseen=True"],
             "policy": "flawed:0.5",
             "episodes": 500,
-            # The limit is how an episode fails.
-            "bootstrap_truncated": False,
+            **BY_RETURN,
             "segment_length": 20,
-            "token_lambda": 1.0,
-            # All turns of an episode share its outcome: the critic learns sooner from its own values.
-            "turn_lambda": 0.3,
             "critic_warmup_steps": 100,
-            # Right and wrong commands differ by a name: docs/algorithm.md, "Filter and policy".
-            "advantage_estimator": "return",
-            # The readings are right; the actions are what is flawed. A binary filter would drop most of their tokens.
-            "filter": "exp",
-            "filter_temperature": 0.1,
-            "filter_scope": "action",
-            # Four in five tokens are the reading's, from which the critic learns nothing.
-            "critic_scope": "action",
-            "critic_coef": 10.0,
             # Commands are several words; after one that is none, the household does not even say where one is.
             "legal_actions_only": True,
             "max_steps": 400,
-            "lr_scheduler_type": "cosine",
             "eval_steps": 100,
             "eval_episodes": 50,
             "max_completion_length": 96,

@@ -8,7 +8,7 @@ What is set differently from BrowserGym's own MiniWoB++:
   and takes no more episodes than `EPISODES_PER_BROWSER`;
 - no second browser for a chat, no delays, an episode timer of 24 days, language en-US and time zone UTC;
 - a page reaches MiniWoB++'s own files and nothing else;
-- no caret blinks in text fields;
+- no caret blinks in text fields, and the address bar's popups are not loaded;
 - actions are BrowserGym's functions, called; no text is run.
 """
 

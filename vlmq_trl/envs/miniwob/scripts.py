@@ -143,7 +143,7 @@ def _time(view: _View) -> str:
 
 
 def _spinner(view: _View) -> str:
-    """One up or down a turn: the page takes no typed number."""
+    """One up or down a turn: the page takes no number from the keyboard."""
     (spinner, *_) = view.all("spinbutton")
     missing = int(re.search(r"-?\d+", view.goal).group()) - int(spinner.value)  # type: ignore[union-attr]
     if missing == 0:
@@ -256,8 +256,6 @@ PLANS: dict[str, Callable[[_View], str]] = {
     "use-autocomplete": _autocomplete,
     "use-spinner": _spinner,
 }
-
-
 OTHER_WAY = {"ArrowUp": "ArrowDown", "ArrowDown": "ArrowUp"}
 
 
@@ -291,8 +289,8 @@ class MiniWoBScript(Script):
             return str(Call("fill", (target.bid, _mistyped(target, call.arguments[1]), *call.arguments[2:])))
         if call.name == "select_option":
             return str(Call("select_option", (target.bid, self._misread(target, call.arguments[1]))))
-        if (key := call.arguments[-1]) in OTHER_WAY:
-            return str(Call("press", (target.bid, OTHER_WAY[key])))
+        if call.name == "press" and call.arguments[1] in OTHER_WAY:
+            return str(Call("press", (target.bid, OTHER_WAY[call.arguments[1]])))
         others = self._neighbours(target)
         return click(others[0]) if others else str(Call("hover", (target.bid,)))
 
